@@ -1,0 +1,30 @@
+"""Fused kernels for keyframe propagation: flow warping, deformable aggregation, global attention."""
+
+from gi_kernels.dispatch import available_backends, backend, explain
+from gi_kernels.ops.complete_flow import complete_flow
+from gi_kernels.ops.convex_upsample import convex_upsample
+from gi_kernels.ops.correlation_lookup import CorrelationPyramid, correlation_lookup
+from gi_kernels.ops.deformable_aggregation import deformable_aggregation
+from gi_kernels.ops.flow_consistency import flow_consistency
+from gi_kernels.ops.flow_warp import flow_warp
+from gi_kernels.ops.global_attention import global_attention
+from gi_kernels.ops.window_pool import window_pool
+from gi_kernels.ops.window_spread import window_spread
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CorrelationPyramid",
+    "available_backends",
+    "backend",
+    "complete_flow",
+    "convex_upsample",
+    "correlation_lookup",
+    "deformable_aggregation",
+    "explain",
+    "flow_consistency",
+    "flow_warp",
+    "global_attention",
+    "window_pool",
+    "window_spread",
+]

@@ -1,0 +1,73 @@
+"""The compiled part: its build receipt, loading it, and attaching autograd and shapes to it.
+
+The receipt lives in a small extension module that does not touch torch, so it can be read even when
+the kernels cannot be loaded, for instance after torch was upgraded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = Path(__file__).parent / "lib" / "libgi_kernels.so"
+
+
+def _read_receipt() -> dict[str, Any]:
+    try:
+        from gi_kernels import _C
+    except ImportError as error:
+        missing = Path(__file__).parent / "build_failure.txt"
+        why = missing.read_text().strip() if missing.exists() else str(error)
+        return {"built": False, "reason": why}
+    return json.loads(_C.receipt())
+
+
+def _load() -> str | None:
+    """Load the kernels; return why they could not be loaded, or None."""
+    if not RECEIPT["built"]:
+        return f"the C++ kernels were not built: {RECEIPT['reason']}"
+    if RECEIPT["torch"] != torch.__version__:
+        return (
+            f"the C++ kernels were built for torch {RECEIPT['torch']}, "
+            f"but torch {torch.__version__} is running; reinstall gi-kernels"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"the C++ kernels could not be loaded: {error}"
+    return None
+
+
+RECEIPT: dict[str, Any] = _read_receipt()
+#: Why the compiled kernels are missing, or None when they are loaded.
+PROBLEM: str | None = _load()
+
+
+def register(
+    name: str,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Attach a shape function, and autograd, to the compiled operator ``gi::name``.
+
+    Does nothing where the kernels are missing. An operator without ``backward`` raises when a
+    gradient is asked of it, rather than returning none in silence.
+    """
+    if PROBLEM is not None:
+        return
+    torch.library.register_fake(f"gi::{name}", fake)
+
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(
+            f"gi::{name} has no derivative; gi_kernels.backend('reference') "
+            "computes it with differentiable PyTorch operations"
+        )
+
+    torch.library.register_autograd(
+        f"gi::{name}", backward or refuse, setup_context=setup_context if backward else None
+    )

@@ -1,0 +1,1 @@
+"""One folder per operator: public function, reference definition, kernels, declaration."""

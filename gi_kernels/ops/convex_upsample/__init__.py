@@ -1,0 +1,41 @@
+"""RAFT's learned upsampling of flow."""
+
+from __future__ import annotations
+
+import torch
+
+from gi_kernels import checks, dispatch
+from gi_kernels.ops.convex_upsample import reference
+from gi_kernels.precision import accumulation_dtype
+
+
+def convex_upsample(flow: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    r"""Upsample a flow eightfold; each fine pixel is a convex combination of 3x3 coarse ones.
+
+    .. math:: out[b, i, 8y + s_y, 8x + s_x] = \sum_{k=0}^{8} \mathrm{softmax}_k(
+        mask[b, 64 k + 8 s_y + s_x, y, x]) \cdot 8 \, flow[b, i, y + \lfloor k/3 \rfloor - 1,
+        x + k \bmod 3 - 1]
+
+    with zeros outside the map.
+
+    Args:
+        flow: ``[B, 2, h, w]`` in pixels of the coarse grid, x first; any floating dtype.
+        mask: ``[B, 576, h, w]``, logits; float32, float64, bfloat16 or float16, any strides;
+            channels-last is the fast path.
+
+    Returns:
+        ``[B, 2, 8h, 8w]``, contiguous, in pixels of the fine grid, float32 (float64 where ``mask``
+        is): a flow keeps its precision whatever the mask's dtype. No autocast cast.
+
+    Differentiable once in both arguments.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size or device.
+
+    Source: Teed and Deng, "RAFT: Recurrent All-Pairs Field Transforms for Optical Flow", 2020.
+    """
+    checks.shapes(("mask", mask, "B 576 h w"), ("flow", flow, "B 2 h w"))
+    return dispatch.run(OPERATOR, flow.to(accumulation_dtype(mask.dtype)), mask)
+
+
+OPERATOR = dispatch.Operator("convex_upsample", {"reference": reference.convex_upsample})

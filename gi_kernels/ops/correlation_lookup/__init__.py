@@ -1,0 +1,122 @@
+"""RAFT's correlation lookup, from a stored volume or computed on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from gi_kernels import checks, dispatch
+from gi_kernels.ops.correlation_lookup import reference
+from gi_kernels.precision import accumulation_dtype, autocast
+
+Mode = Literal["auto", "dense", "on_demand"]
+
+#: With ``mode="auto"``, volumes of at most this many bytes (all levels) are stored.
+DENSE_LIMIT = 256 * 2**20
+
+
+def correlation_lookup(
+    features1: torch.Tensor,
+    features2: torch.Tensor,
+    coords: torch.Tensor,
+    levels: int = 4,
+    radius: int = 4,
+    mode: Mode = "auto",
+) -> torch.Tensor:
+    """One lookup: ``CorrelationPyramid(features1, features2, levels, radius, mode).lookup(coords)``.
+
+    Build the pyramid once where there are several lookups. Arguments, result and errors:
+    :class:`CorrelationPyramid`.
+    """
+    return CorrelationPyramid(features1, features2, levels, radius, mode).lookup(coords)
+
+
+class CorrelationPyramid:
+    r"""Correlation of every pixel of one feature map with windows of another, at several scales.
+
+    .. math:: volume_0[b, p, q] = \langle features1[b, :, p], features2[b, :, q] \rangle / \sqrt{C}
+
+    Level ``l`` is the 2x2 average of level ``l-1`` over ``q`` (an odd last row or column is dropped;
+    a level may shrink to nothing and then reads zeros). A lookup reads, per pixel ``p`` and level, a
+    window of ``(2r+1)^2`` bilinear samples around ``coords(p) / 2^l``, zeros outside. The outer
+    offset of the window moves x, the inner one y.
+
+    Args:
+        features1: ``[B, C, H1, W1]``, float32, float64, bfloat16 or float16.
+        features2: ``[B, C, H2, W2]``, the same dtype.
+        levels: number of levels, at least 1.
+        radius: of the window, at least 1.
+        mode: ``dense`` stores the volumes, ``H1*W1*H2*W2*4/3`` numbers per batch item, in the
+            features' dtype; ``on_demand`` keeps the features and computes what a lookup reads;
+            ``auto`` is ``dense`` up to ``DENSE_LIMIT`` bytes.
+
+    Differentiable once in both feature maps and in ``coords``, in both modes. Under autocast the
+    features are cast to its dtype. The volumes of the dense mode and their gradients are PyTorch
+    matrix products.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size, dtype or device.
+
+    Source: Teed and Deng, "RAFT: Recurrent All-Pairs Field Transforms for Optical Flow", 2020.
+    """
+
+    def __init__(
+        self,
+        features1: torch.Tensor,
+        features2: torch.Tensor,
+        levels: int = 4,
+        radius: int = 4,
+        mode: Mode = "auto",
+    ) -> None:
+        features1, features2 = autocast(features1=features1, features2=features2)
+        size = checks.shapes(("features1", features1, "B C H1 W1"), ("features2", features2, "B C H2 W2"))
+        checks.same_dtype(("features1", features1), ("features2", features2))
+        checks.nonempty("features1", features1, 1)
+        checks.positive("levels", levels)
+        checks.positive("radius", radius)
+        if mode not in ("auto", "dense", "on_demand"):
+            raise ValueError(f"mode: expected 'auto', 'dense' or 'on_demand', got {mode!r}")
+        if mode == "auto":
+            numbers = size["B"] * size["H1"] * size["W1"] * size["H2"] * size["W2"] * 4 // 3
+            mode = "dense" if numbers * features1.element_size() <= DENSE_LIMIT else "on_demand"
+        self.radius = radius
+        self.mode: Mode = mode
+        self.size = size
+        self.features1 = features1
+        #: Volumes [B,H1*W1,H,W] (dense) or features [B,C,H,W] (on demand), finest level first.
+        self.pyramid: Sequence[torch.Tensor]
+        if mode == "dense":
+            self.pyramid = reference.volume_pyramid(features1, features2, levels)
+        else:
+            self.pyramid = reference.pool_pyramid(features2, levels)
+
+    def lookup(self, coords: torch.Tensor) -> torch.Tensor:
+        """Windows around ``coords``.
+
+        Args:
+            coords: ``[B, 2, H1, W1]``, x first, in pixels of ``features2``; any floating dtype, used
+                in float32 (float64 for float64 features).
+
+        Returns:
+            ``[B, levels*(2r+1)^2, H1, W1]`` in the features' dtype, channels-last in memory.
+        """
+        checks.shapes(("coords", coords, "B 2 H1 W1"))
+        expected = (self.size["B"], 2, self.size["H1"], self.size["W1"])
+        if tuple(coords.shape) != expected:
+            raise ValueError(
+                f"coords: expected shape {list(expected)} like features1, got {list(coords.shape)}"
+            )
+        if coords.device != self.features1.device:
+            raise ValueError(
+                f"coords: expected a tensor on {self.features1.device} like features1, got {coords.device}"
+            )
+        coords = coords.to(accumulation_dtype(self.features1.dtype))
+        if self.mode == "dense":
+            return dispatch.run(DENSE, self.pyramid, coords, self.radius)
+        return dispatch.run(ON_DEMAND, self.features1, self.pyramid, coords, self.radius)
+
+
+DENSE = dispatch.Operator("correlation_lookup", {"reference": reference.lookup})
+ON_DEMAND = dispatch.Operator("correlation_lookup_on_demand", {"reference": reference.lookup_on_demand})

@@ -1,0 +1,73 @@
+"""Aggregation of references along optical flow."""
+
+from __future__ import annotations
+
+import torch
+
+from gi_kernels import checks, dispatch
+from gi_kernels.ops.deformable_aggregation import reference
+from gi_kernels.precision import accumulation_dtype, autocast
+
+
+def deformable_aggregation(
+    features: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    flows: torch.Tensor,
+    errors: torch.Tensor,
+    key_error_weight: torch.Tensor,
+    value_error_weight: torch.Tensor,
+    value_bias: torch.Tensor,
+) -> torch.Tensor:
+    r"""Add to ``features`` what references show at the positions the flow points to.
+
+    .. math:: out = features + value\_bias + \sum_t a_t \odot (\mathrm{warp}(values_t, flow_t)
+        + e_t \, value\_error\_weight), \quad
+        a = \mathrm{softmax}_t(\mathrm{warp}(keys_t, flow_t) + e_t \, key\_error\_weight)
+
+    The softmax is per pixel and channel over the references; ``warp`` is :func:`flow_warp`, ``e``
+    the error map resized bilinearly (``align_corners=True``, values not rescaled).
+
+    Args:
+        features: ``[B, C, H, W]``, float32, float64, bfloat16 or float16.
+        keys, values: ``[B, T, C, H, W]``, the dtype of ``features``, T at least 1. Fastest where the
+            channels are contiguous in memory.
+        flows: ``[B, T, 2, h, w]`` in pixels of their own grid, x first; any floating dtype.
+        errors: ``[B, T, 1, h', w']``; any floating dtype.
+        key_error_weight, value_error_weight, value_bias: ``[C]``; any floating dtype.
+
+    Returns:
+        ``[B, C, H, W]`` in the dtype and layout of ``features``. Flows, errors, weights, softmax and
+        sums are float32 (float64 for float64 features). Under autocast features, keys and values
+        are cast to its dtype, the others are not.
+
+    Differentiable once in all arguments.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size, dtype or device.
+
+    Source: the deformable feature aggregation of Esser, Michael, Sengupta, "Towards Unified
+    Keyframe Propagation Models", 2022, after projection (a 1x1 convolution commutes with the warp).
+    """
+    features, keys, values = autocast(features=features, keys=keys, values=values)
+    size = checks.shapes(
+        ("features", features, "B C H W"),
+        ("keys", keys, "B T C H W"),
+        ("values", values, "B T C H W"),
+        ("flows", flows, "B T 2 h w"),
+        ("errors", errors, "B T 1 h' w'"),
+        ("key_error_weight", key_error_weight, "C"),
+        ("value_error_weight", value_error_weight, "C"),
+        ("value_bias", value_bias, "C"),
+    )
+    checks.same_dtype(("features", features), ("keys", keys), ("values", values))
+    checks.nonempty("keys", keys, 1)
+    if size["H"] * size["W"] > 0:
+        checks.nonempty("flows", flows, 3, 4)
+        checks.nonempty("errors", errors, 3, 4)
+    dtype = accumulation_dtype(features.dtype)
+    rest = (flows, errors, key_error_weight, value_error_weight, value_bias)
+    return dispatch.run(OPERATOR, features, keys, values, *(t.to(dtype) for t in rest))
+
+
+OPERATOR = dispatch.Operator("deformable_aggregation", {"reference": reference.deformable_aggregation})

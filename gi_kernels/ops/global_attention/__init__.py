@@ -1,0 +1,61 @@
+"""Attention over segments of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gi_kernels import checks, dispatch
+from gi_kernels.ops.global_attention import reference
+from gi_kernels.precision import autocast
+
+
+def global_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor | Sequence[torch.Tensor],
+    values: torch.Tensor | Sequence[torch.Tensor],
+) -> torch.Tensor:
+    r"""Softmax attention of ``query`` over the concatenation of key/value segments.
+
+    .. math:: out = \mathrm{softmax}(q k^T / \sqrt{d}) \, v, \quad
+        k = [k_1; \dots; k_S], \; v = [v_1; \dots; v_S]
+
+    The segments are never concatenated and no score matrix is kept: each segment is attended to
+    by itself and the results are merged exactly by their log-sum-exp.
+
+    Args:
+        query: ``[B, h, N, d]``, float32, float64, bfloat16 or float16, any strides.
+        keys, values: a tensor ``[B, h, M, d]`` or a sequence of tensors ``[B, h, M_i, d]``, one
+            value segment per key segment; the dtype of ``query``. Segments may be empty, but not
+            all of them.
+
+    Returns:
+        ``[B, h, N, d]`` in the dtype of ``query``. Under autocast all three are cast to its dtype.
+
+    Differentiable once in all arguments.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size, dtype or device, or no key.
+
+    Source: Dao, "FlashAttention-2", 2023; merging of partial softmaxes as in Milakov and
+    Gimelshein, "Online normalizer calculation for softmax", 2018.
+    """
+    keys, values = checks.tensor_sequence("keys", keys), checks.tensor_sequence("values", values)
+    if len(keys) != len(values):
+        raise ValueError(f"values: expected {len(keys)} segments like keys, got {len(values)}")
+    named = {f"keys[{i}]": k for i, k in enumerate(keys)} | {f"values[{i}]": v for i, v in enumerate(values)}
+    query, *rest = autocast(query=query, **named)
+    keys, values = rest[: len(keys)], rest[len(keys) :]
+    checks.shapes(
+        ("query", query, "B h N d"),
+        *((f"keys[{i}]", k, f"B h M{i} d") for i, k in enumerate(keys)),
+        *((f"values[{i}]", v, f"B h M{i} d") for i, v in enumerate(values)),
+    )
+    checks.same_dtype(("query", query), *zip(named, rest, strict=True))
+    if sum(k.shape[2] for k in keys) == 0:
+        raise ValueError("keys: expected at least one key in all segments together, got none")
+    return dispatch.run(OPERATOR, query, keys, values)
+
+
+OPERATOR = dispatch.Operator("global_attention", {"reference": reference.global_attention})

@@ -1,0 +1,53 @@
+"""Reading a feature map into one vector per window and head."""
+
+from __future__ import annotations
+
+import torch
+
+from gi_kernels import checks, dispatch
+from gi_kernels.ops.window_pool import reference
+from gi_kernels.precision import autocast
+
+
+def window_pool(logits: torch.Tensor, features: torch.Tensor, windows: tuple[int, int]) -> torch.Tensor:
+    r"""Per window and head, the softmax-weighted mean of the features.
+
+    .. math:: out[b, w, h, c] = \sum_{p \in w} \mathrm{softmax}_{p \in w}(logits[b, h])_p \,
+        features[b, c, p]
+
+    Args:
+        logits: ``[B, h, H, W]``, any floating dtype.
+        features: ``[B, C, H, W]``, float32, float64, bfloat16 or float16; channels-last is the fast
+            path.
+        windows: ``(r, s)``, the number of windows down and across; ``H`` must be a multiple of ``r``
+            and ``W`` of ``s``.
+
+    Returns:
+        ``[B, r*s, h, C]``, windows in row-major order, in the dtype of ``features``. Softmax and sums
+        are float32 (float64 for float64 features). Under autocast both are cast to its dtype.
+
+    Differentiable once in both arguments.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size or device.
+
+    Source: the windowed read of Esser, Michael, Sengupta, 2022, pooled before the value projection.
+    """
+    features, logits = autocast(features=features, logits=logits)
+    size = checks.shapes(("logits", logits, "B h H W"), ("features", features, "B C H W"))
+    windows = check_windows(windows, size["H"], size["W"])
+    return dispatch.run(OPERATOR, logits.to(features.dtype), features, windows)
+
+
+def check_windows(windows: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """``windows`` as a pair; raise unless a map of ``height`` times ``width`` splits into them."""
+    if not isinstance(windows, list | tuple) or len(windows) != 2:
+        raise TypeError(f"windows: expected a pair of ints (down, across), got {windows!r}")
+    for count, length, axis in zip(windows, (height, width), ("height", "width"), strict=True):
+        checks.positive("windows", count)
+        if length < count or length % count != 0:
+            raise ValueError(f"windows: expected to divide the map's {axis} {length}, got {count}")
+    return windows[0], windows[1]
+
+
+OPERATOR = dispatch.Operator("window_pool", {"reference": reference.window_pool})

@@ -1,0 +1,57 @@
+"""Writing one vector per window and head back to a feature map."""
+
+from __future__ import annotations
+
+from math import isqrt
+
+import torch
+
+from gi_kernels import checks, dispatch
+from gi_kernels.ops.window_pool import check_windows
+from gi_kernels.ops.window_spread import reference
+from gi_kernels.precision import autocast
+
+
+def window_spread(
+    logits: torch.Tensor, latents: torch.Tensor, windows: tuple[int, int] | None = None
+) -> torch.Tensor:
+    r"""Per pixel, the sigmoid-gated sum over heads of its window's vectors.
+
+    .. math:: out[b, c, p] = \sum_h \sigma(logits[b, h, p]) \, latents[b, w(p), h, c]
+
+    Args:
+        logits: ``[B, h, H, W]``, any floating dtype; the result takes its memory layout
+            (channels-last is the fast path).
+        latents: ``[B, r*s, h, C]``, windows in row-major order; float32, float64, bfloat16 or
+            float16.
+        windows: ``(r, s)``, the number of windows down and across; by default a square grid. ``H``
+            must be a multiple of ``r`` and ``W`` of ``s``.
+
+    Returns:
+        ``[B, C, H, W]`` in the dtype of ``latents``. Sigmoid and sums are float32 (float64 for
+        float64 latents). Under autocast both arguments are cast to its dtype.
+
+    Differentiable once in both tensors.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size or device.
+
+    Source: the windowed write of Esser, Michael, Sengupta, 2022, projected before it is spread.
+    """
+    latents, logits = autocast(latents=latents, logits=logits)
+    size = checks.shapes(("logits", logits, "B h H W"), ("latents", latents, "B L h C"))
+    if windows is None:
+        side = isqrt(size["L"])
+        if side * side != size["L"]:
+            raise ValueError(f"windows: expected for {size['L']} latents, which are no square grid")
+        windows = (side, side)
+    windows = check_windows(windows, size["H"], size["W"])
+    if windows[0] * windows[1] != size["L"]:
+        raise ValueError(
+            f"latents: expected {windows[0] * windows[1]} windows ({windows[0]} x {windows[1]}) in "
+            f"dimension 1, got {size['L']}"
+        )
+    return dispatch.run(OPERATOR, logits.to(latents.dtype), latents, windows)
+
+
+OPERATOR = dispatch.Operator("window_spread", {"reference": reference.window_spread})
