@@ -21,19 +21,22 @@ class Argument:
 
     ``storage`` arguments take the dtype under test; the others (flows, errors, coordinates) take
     the accumulation dtype. ``draw`` is ``normal`` (times ``scale``), ``uniform`` (in [0, scale)),
-    ``coordinates`` (the pixel grid plus ``normal``) or ``mask`` (a disc of ones).
+    ``coordinates`` (the pixel grid plus ``normal``), ``mask`` (a disc of ``scale`` in zeros) or
+    ``constant`` (``scale`` everywhere).
     """
 
     shape: tuple[int, ...]
     scale: float = 1.0
-    draw: Literal["normal", "uniform", "coordinates", "mask"] = "normal"
+    draw: Literal["normal", "uniform", "coordinates", "mask", "constant"] = "normal"
     storage: bool = True
 
     def make(self, name: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> torch.Tensor:
         """The tensor that belongs to ``name``, drawn on the CPU in float64 and rounded."""
         seed = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         if self.draw == "mask":
-            value = _disc(self.shape)
+            value = _disc(self.shape) * self.scale
+        elif self.draw == "constant":
+            value = torch.full(self.shape, self.scale, dtype=torch.float64)
         elif self.draw == "uniform":
             value = torch.rand(self.shape, generator=seed, dtype=torch.float64) * self.scale
         else:
