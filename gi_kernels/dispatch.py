@@ -134,7 +134,12 @@ def run(operator: Operator, *args: Any) -> Any:
         return implementation(*args)
     storage = tensors[0].dtype
     accumulation = accumulation_dtype(storage)
-    return implementation(*[_cast(a, accumulation) for a in args]).to(storage)
+    arguments = [_cast(a, accumulation) for a in args]
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device):
+        return implementation(*arguments).to(storage)
+    with torch.autocast(device, enabled=False):  # its matrix products would round what was cast up
+        return implementation(*arguments).to(storage)
 
 
 def _wanted() -> str:

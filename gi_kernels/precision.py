@@ -25,7 +25,7 @@ def autocast(**tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         floating(name, tensor)
     values = tuple(tensors.values())
     device = values[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return values
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in values)

@@ -11,6 +11,8 @@ POINTS = 20
 
 def complete_flow(flow: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Flow [B,2,H,W] filled inside mask [B,1,H,W] from points on the mask's rim; see the public doc."""
+    if flow.numel() == 0:
+        return flow.clone()
     H, W = flow.shape[2:]
     rows = torch.arange(H, dtype=flow.dtype, device=flow.device)[:, None, None]
     columns = torch.arange(W, dtype=flow.dtype, device=flow.device)[None, :, None]
@@ -24,7 +26,7 @@ def complete_flow(flow: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         filled = torch.stack([(weight * c[y, x]).sum(dim=2) / weight.sum(dim=2) for c in f])
         blended = (1 - m) * f + m * filled
         frames.append(torch.where(m == 0, f, torch.where(m == 1, filled, blended)))
-    return torch.stack(frames) if frames else flow.clone()
+    return torch.stack(frames)
 
 
 def boundary(mask: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from gi_kernels.ops.flow_warp.reference import flow_warp
+from gi_kernels.ops.flow_warp.reference import flow_warp, resize
 
 
 def deformable_aggregation(
@@ -23,7 +22,7 @@ def deformable_aggregation(
     flows = flows.flatten(0, 1)
     error = errors.flatten(0, 1)  # [BT,1,h,w]
     if error.shape[2:] != (H, W):
-        error = F.interpolate(error, size=(H, W), mode="bilinear", align_corners=True)
+        error = resize(error, H, W)
     error = error.view(B, T, 1, H, W).to(features.dtype)
 
     def per_channel(weight: torch.Tensor) -> torch.Tensor:

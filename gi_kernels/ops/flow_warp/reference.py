@@ -17,8 +17,15 @@ def resize_flow(flow: torch.Tensor, height: int, width: int) -> torch.Tensor:
     h, w = flow.shape[2:]
     if (h, w) == (height, width):
         return flow
-    flow = F.interpolate(flow, size=(height, width), mode="bilinear", align_corners=True)
+    flow = resize(flow, height, width)
     return flow * torch.tensor([width / w, height / h], dtype=flow.dtype, device=flow.device)[:, None, None]
+
+
+def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Maps [B,C,h,w] -> [B,C,height,width], bilinear with ``align_corners=True``; a size may be 0."""
+    if height * width == 0:
+        return maps.sum() * maps.new_zeros(*maps.shape[:2], height, width)
+    return F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=True)
 
 
 def pixel_grid(flow: torch.Tensor) -> torch.Tensor:
@@ -50,7 +57,8 @@ def sample(input: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
             column, row = x0 + dx, y0 + dy
             inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)  # [B,h,w]
             weight = (x - x0 if dx else 1 - (x - x0)) * (y - y0 if dy else 1 - (y - y0))
-            index = torch.where(inside, row * W + column, 0).long().flatten(1)  # [B,hw]
+            row, column = torch.where(inside, row, 0).long(), torch.where(inside, column, 0).long()
+            index = (row * W + column).flatten(1)  # [B,hw]
             tap = pixels.gather(2, index[:, None].expand(B, C, -1)).view(B, C, *x.shape[1:])
             inside = inside[:, None]
             out = out + torch.where(inside, tap, 0) * torch.where(inside, weight[:, None], 0).to(input.dtype)

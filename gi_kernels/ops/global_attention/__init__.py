@@ -52,6 +52,7 @@ def global_attention(
         *((f"keys[{i}]", k, f"B h M{i} d") for i, k in enumerate(keys)),
         *((f"values[{i}]", v, f"B h M{i} d") for i, v in enumerate(values)),
     )
+    checks.nonempty("query", query, 3)
     checks.same_dtype(("query", query), *zip(named, rest, strict=True))
     if sum(k.shape[2] for k in keys) == 0:
         raise ValueError("keys: expected at least one key in all segments together, got none")
