@@ -55,6 +55,10 @@ class Sample:
     name: str
     size: Size
     arguments: Mapping[str, Argument | list[Argument] | Any]
+    #: The name in ``dispatch.OPERATORS`` that serves the call, where it is not the spec's.
+    served_by: str | None = None
+    #: Factor on the tolerance where flows are long: they round the positions in proportion.
+    condition: float = 1.0
 
     def make(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, Any]:
         """The call's arguments with tensors drawn for ``dtype``."""
@@ -102,6 +106,10 @@ class OperatorSpec:
     bytes: Callable[[dict[str, Any]], int]
     dtypes: tuple[torch.dtype, ...] = FLOATING
     deterministic: bool = True
+    #: Whether autocast casts the storage arguments to its dtype; others are never cast.
+    autocast: bool = False
+    #: Arguments that hold flows or coordinates, and the argument that each of them samples.
+    positions: Mapping[str, str] = field(default_factory=dict)
     #: Largest error allowed against the float64 reference, relative to its largest magnitude.
     #: For bfloat16 and float16 the rule is instead: at most twice eager PyTorch's error.
     tolerance: Mapping[torch.dtype, float] = field(

@@ -30,6 +30,11 @@ def correlation_lookup(
     Build the pyramid once where there are several lookups. Arguments, result and errors:
     :class:`CorrelationPyramid`.
     """
+    checks.shapes(  # of the coordinates too, before the pyramid is built
+        ("features1", features1, "B C H1 W1"),
+        ("features2", features2, "B C H2 W2"),
+        ("coords", coords, "B 2 H1 W1"),
+    )
     return CorrelationPyramid(features1, features2, levels, radius, mode).lookup(coords)
 
 

@@ -28,7 +28,8 @@ def _sample(
         "radius": radius,
         "mode": mode,
     }
-    return Sample(name, kind, arguments)
+    served_by = "correlation_lookup_on_demand" if mode == "on_demand" else None
+    return Sample(name, kind, arguments, served_by)
 
 
 def _flops(a: dict[str, Any]) -> int:
@@ -60,8 +61,8 @@ SPEC = OperatorSpec(
         _sample("on_demand_raft", (1, 17, 4, 5), (9, 8), "on_demand"),
         _sample("dense_vanishing", (1, 3, 3, 4), (3, 5), "dense", levels=5, radius=1),
         _sample("on_demand_vanishing", (1, 3, 3, 4), (3, 5), "on_demand", levels=5, radius=1),
-        _sample("dense_far", (1, 3, 4, 4), (4, 4), "dense", levels=3, radius=3, scale=40.0),
-        _sample("on_demand_far", (1, 3, 4, 4), (4, 4), "on_demand", levels=3, radius=3, scale=40.0),
+        _sample("dense_far", (1, 3, 6, 7), (6, 5), "dense", levels=3, radius=3, scale=15.0),
+        _sample("on_demand_far", (1, 3, 6, 7), (6, 5), "on_demand", levels=3, radius=3, scale=15.0),
         _sample("dense_one_pixel", (1, 1, 1, 1), (1, 1), "dense", levels=1, radius=1, scale=0.5),
         _sample("on_demand_one_pixel", (1, 1, 1, 1), (1, 1), "on_demand", levels=1, radius=1, scale=0.5),
         _sample("auto", (1, 4, 3, 3), (5, 4), "auto", levels=2, radius=1),
@@ -90,7 +91,7 @@ SPEC = OperatorSpec(
             "coords_size",
             lambda a: {**a, "coords": a["coords"][..., 1:]},
             ValueError,
-            "coords: .*like features1",
+            r"coords: .*\(W1\).*got 6",
         ),
         Invalid(
             "no_channel",
@@ -125,6 +126,8 @@ SPEC = OperatorSpec(
             "coords: .*cpu.*meta",
         ),
     ),
+    autocast=True,
+    positions={"coords": "features2"},
     differentiable=("features1", "features2", "coords"),
     flops=_flops,
     bytes=_bytes,

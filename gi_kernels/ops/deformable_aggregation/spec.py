@@ -31,7 +31,7 @@ def _sample(
         "value_error_weight": Argument((C,), storage=False),
         "value_bias": Argument((C,), storage=False),
     }
-    return Sample(name, kind, arguments)
+    return Sample(name, kind, arguments, condition=max(1.0, scale / 4))
 
 
 def _flops(a: dict[str, Any]) -> int:
@@ -120,6 +120,8 @@ SPEC = OperatorSpec(
             "device", lambda a: {**a, "errors": a["errors"].to("meta")}, ValueError, "errors: .*cpu.*meta"
         ),
     ),
+    autocast=True,
+    positions={"flows": "keys"},
     differentiable=MAPS + REST,
     flops=_flops,
     bytes=_bytes,

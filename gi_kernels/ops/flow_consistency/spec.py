@@ -10,7 +10,8 @@ from gi_kernels.spec import Argument, Invalid, OperatorSpec, Sample, Size, tenso
 
 def _sample(name: str, batch: int, size: tuple[int, int], scale: float, kind: Size = "small") -> Sample:
     shape = (batch, 2, *size)
-    return Sample(name, kind, {"flow": Argument(shape, scale), "flow_backward": Argument(shape, scale)})
+    arguments = {"flow": Argument(shape, scale), "flow_backward": Argument(shape, scale)}
+    return Sample(name, kind, arguments, condition=max(1.0, scale / 4))
 
 
 def _flops(a: dict[str, Any]) -> int:
@@ -67,6 +68,7 @@ SPEC = OperatorSpec(
             "flow_backward: .*cpu.*meta",
         ),
     ),
+    positions={"flow": "flow_backward"},
     differentiable=(),
     flops=_flops,
     bytes=_bytes,

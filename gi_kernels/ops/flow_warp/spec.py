@@ -17,7 +17,7 @@ def _sample(
         "input": Argument(shape),
         "flow": Argument((shape[0], 2, *flow), scale, storage=False),
     }
-    return Sample(name, size, arguments)
+    return Sample(name, size, arguments, condition=max(1.0, scale / 4))
 
 
 def _flops(a: dict[str, Any]) -> int:
@@ -81,6 +81,7 @@ SPEC = OperatorSpec(
             "flow: .*at least 1.*dimension 2",
         ),
     ),
+    positions={"flow": "input"},
     differentiable=("input", "flow"),
     flops=_flops,
     bytes=_bytes,

@@ -118,6 +118,7 @@ SPEC = OperatorSpec(
             r"keys\[0\]: .*meta",
         ),
     ),
+    autocast=True,
     differentiable=("query", "keys", "values"),
     flops=_flops,
     bytes=_bytes,

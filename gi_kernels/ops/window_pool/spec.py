@@ -87,6 +87,7 @@ SPEC = OperatorSpec(
             "features: .*cpu.*meta",
         ),
     ),
+    autocast=True,
     differentiable=("logits", "features"),
     flops=_flops,
     bytes=_bytes,

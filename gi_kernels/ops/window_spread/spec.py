@@ -88,6 +88,7 @@ SPEC = OperatorSpec(
             "device", lambda a: {**a, "latents": a["latents"].to("meta")}, ValueError, "latents: .*cpu.*meta"
         ),
     ),
+    autocast=True,
     differentiable=("logits", "latents"),
     flops=_flops,
     bytes=_bytes,

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: evaluating a call, memory layouts, error measures."""

@@ -1,0 +1,50 @@
+"""Values and gradients against the definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, cases, first
+
+from gi_kernels.checks import FLOATING
+from gi_kernels.testing.calls import tensors
+
+DTYPES = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d).split(".")[1])
+
+
+@cases()
+@DTYPES
+def test_value_and_gradient(case: Case, dtype: torch.dtype) -> None:
+    case.check(case.sample.make(dtype))
+
+
+@cases(first(2))
+def test_gradient_of_one_argument_alone(case: Case) -> None:
+    """A gradient does not depend on which other gradients are asked for."""
+    arguments = case.sample.make(torch.float32)
+    every = case.run(arguments)
+    for name in case.differentiable:
+        alone = case.run(arguments, [name])
+        for path, gradient in alone.gradients.items():
+            assert torch.equal(gradient, every.gradients[path]), path
+
+
+@cases(first(2))
+@DTYPES
+def test_arguments_are_not_changed(case: Case, dtype: torch.dtype) -> None:
+    arguments = case.sample.make(dtype)
+    case.run(arguments)
+    again = case.sample.make(dtype)
+    for (path, tensor), untouched in zip(tensors(arguments).items(), tensors(again).values(), strict=True):
+        assert torch.equal(tensor, untouched), path
+
+
+@cases()
+@DTYPES
+def test_gradients_have_the_arguments_dtype_and_shape(case: Case, dtype: torch.dtype) -> None:
+    arguments = case.sample.make(dtype)
+    outcome = case.run(arguments)
+    for path, tensor in tensors(arguments).items():
+        if path in outcome.gradients:
+            assert outcome.gradients[path].dtype == tensor.dtype, path
+            assert outcome.gradients[path].shape == tensor.shape, path
