@@ -1,0 +1,218 @@
+// Vectors of float or double, as wide as the variant's registers, on GCC/Clang vector extensions.
+// The same source serves SSE2, AVX2, AVX-512 and NEON.
+#pragma once
+
+#include "common/platform.h"
+
+#if defined(__AVX512F__)
+#define GI_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define GI_VECTOR_BYTES 32
+#else
+#define GI_VECTOR_BYTES 16
+#endif
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+GI_BEGIN_VARIANT
+
+template <class A> struct SimdTypes;
+template <> struct SimdTypes<float> {
+  typedef float vector __attribute__((vector_size(GI_VECTOR_BYTES)));
+  typedef int32_t integer __attribute__((vector_size(GI_VECTOR_BYTES)));
+};
+template <> struct SimdTypes<double> {
+  typedef double vector __attribute__((vector_size(GI_VECTOR_BYTES)));
+  typedef int64_t integer __attribute__((vector_size(GI_VECTOR_BYTES)));
+};
+
+template <class A> using Vec = typename SimdTypes<A>::vector;
+template <class A> using IntVec = typename SimdTypes<A>::integer;
+template <class A> constexpr int kLanes = GI_VECTOR_BYTES / sizeof(A);
+
+typedef uint16_t HalfBits __attribute__((vector_size(GI_VECTOR_BYTES / 2)));
+typedef uint32_t WordBits __attribute__((vector_size(GI_VECTOR_BYTES)));
+
+template <class To, class From>
+GI_HOST_DEVICE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class A> GI_HOST_DEVICE Vec<A> splat(A value) { return Vec<A>{} + value; }
+
+// ---- loads and stores of kLanes<A> numbers, converting from and to the storage type ----
+
+template <class A> GI_HOST_DEVICE Vec<A> load(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class A> GI_HOST_DEVICE void store(A* p, const Vec<A>& v) { std::memcpy(p, &v, sizeof v); }
+
+template <class A> GI_HOST_DEVICE Vec<A> load(const bf16* p) {
+  HalfBits h;
+  std::memcpy(&h, p, sizeof h);
+  return bit_cast<Vec<float>>(__builtin_convertvector(h, WordBits) << 16);
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+template <class A> GI_HOST_DEVICE void store(bf16* p, const Vec<float>& v) {
+  const WordBits u = bit_cast<WordBits>(v);
+  const WordBits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const WordBits nan = (WordBits)(v != v);
+  const WordBits bits = (nan & 0x7fc0u) | (~nan & rounded);
+  const HalfBits h = __builtin_convertvector(bits, HalfBits);
+  std::memcpy(p, &h, sizeof h);
+}
+
+GI_HOST_DEVICE float scalar_from_half(uint16_t h) {
+#if defined(__FLT16_MAX__)
+  return static_cast<float>(bit_cast<_Float16>(h));
+#else
+  // Scale by 2^112 moves the exponent; infinities and NaN need the full exponent.
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, rest = uint32_t(h & 0x7fffu) << 13;
+  float f = bit_cast<float>(rest) * 0x1p112f;
+  if ((h & 0x7c00u) == 0x7c00u) f = bit_cast<float>(rest | 0x7f800000u);
+  return bit_cast<float>(bit_cast<uint32_t>(f) | sign);
+#endif
+}
+
+GI_HOST_DEVICE uint16_t scalar_to_half(float f) {
+#if defined(__FLT16_MAX__)
+  return bit_cast<uint16_t>(static_cast<_Float16>(f));
+#else
+  const uint32_t u = bit_cast<uint32_t>(f);
+  const uint16_t sign = uint16_t((u >> 16) & 0x8000u);
+  const uint32_t a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return sign | 0x7e00u;
+  if (a >= 0x477ff000u) return sign | 0x7c00u;
+  if (a < 0x38800000u) {  // subnormal: adding 0.5 aligns the mantissa and rounds to even
+    const float r = bit_cast<float>(a) + 0.5f;
+    return sign | uint16_t(bit_cast<uint32_t>(r) - 0x3f000000u);
+  }
+  return sign | uint16_t((a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13);
+#endif
+}
+
+template <class A> GI_HOST_DEVICE Vec<A> load(const f16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = scalar_from_half(p[i].bits);
+  return v;
+#endif
+}
+
+template <class A> GI_HOST_DEVICE void store(f16* p, const Vec<float>& v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = scalar_to_half(v[i]);
+#endif
+}
+
+// ---- single numbers ----
+
+GI_HOST_DEVICE float to_accumulate(float v) { return v; }
+GI_HOST_DEVICE double to_accumulate(double v) { return v; }
+GI_HOST_DEVICE float to_accumulate(bf16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
+GI_HOST_DEVICE float to_accumulate(f16 v) { return scalar_from_half(v.bits); }
+
+template <class T> struct Rounded;
+template <> struct Rounded<float> { static GI_HOST_DEVICE float from(float v) { return v; } };
+template <> struct Rounded<double> { static GI_HOST_DEVICE double from(double v) { return v; } };
+template <> struct Rounded<f16> {
+  static GI_HOST_DEVICE f16 from(float v) { return {scalar_to_half(v)}; }
+};
+template <> struct Rounded<bf16> {
+  static GI_HOST_DEVICE bf16 from(float v) {
+    const uint32_t u = bit_cast<uint32_t>(v);
+    if (v != v) return {0x7fc0};
+    return {uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+  }
+};
+
+// ---- arithmetic ----
+
+template <class A> GI_HOST_DEVICE Vec<A> vmax(const Vec<A>& a, const Vec<A>& b) { return a > b ? a : b; }
+
+template <class A> GI_HOST_DEVICE A sum_lanes(const Vec<A>& v) {
+  A total = 0;
+  for (int i = 0; i < kLanes<A>; ++i) total += v[i];
+  return total;
+}
+
+// e^x by reduction to [-ln2/2, ln2/2] and a Taylor polynomial: the remainder is below half a unit
+// in the last place (degree 7 in float32, 13 in float64). Below `lowest` the result is zero, above
+// `highest` (a little under the overflow) infinite; NaN stays NaN.
+template <class A> struct ExpConstants;
+template <> struct ExpConstants<float> {
+  static constexpr float lowest = -87.3f, highest = 88.3f, ln2_high = 0.693359375f,
+                         ln2_low = -2.12194440e-4f, magic = 12582912.f;  // 1.5 * 2^23
+  static constexpr int degree = 7, mantissa = 23, bias = 127;
+};
+template <> struct ExpConstants<double> {
+  static constexpr double lowest = -708.3, highest = 709.0, ln2_high = 6.93145751953125e-1,
+                          ln2_low = 1.42860682030941723212e-6, magic = 6755399441055744.;  // 1.5 * 2^52
+  static constexpr int degree = 13, mantissa = 52, bias = 1023;
+};
+
+template <class A> GI_HOST_DEVICE Vec<A> vexp(const Vec<A>& x) {
+  using K = ExpConstants<A>;
+  constexpr A kInverseFactorial[] = {1., 1., 1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040,
+                                     1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800,
+                                     1. / 479001600, 1. / 6227020800.};
+  // Adding the magic number rounds to an integer, which then sits in the low mantissa bits.
+  const Vec<A> shifted = x * A(1.4426950408889634) + K::magic;
+  const Vec<A> n = shifted - K::magic;
+  const Vec<A> r = (x - n * K::ln2_high) - n * K::ln2_low;
+  Vec<A> p = splat<A>(kInverseFactorial[K::degree]);
+  for (int i = K::degree - 1; i >= 0; --i) p = p * r + kInverseFactorial[i];
+  const IntVec<A> exponent = (bit_cast<IntVec<A>>(shifted) - bit_cast<IntVec<A>>(splat<A>(K::magic)) + K::bias)
+                             << K::mantissa;
+  Vec<A> y = p * bit_cast<Vec<A>>(exponent);
+  y = x < K::lowest ? splat<A>(0) : y;
+  y = x > K::highest ? splat<A>(__builtin_huge_val()) : y;
+  return x != x ? x : y;
+}
+
+// Transposes a kLanes x kLanes block held in registers.
+template <class A> GI_HOST_DEVICE void transpose(Vec<A>* rows) {
+  constexpr int L = kLanes<A>;
+#if defined(__clang__)
+  A block[L][L];
+  for (int i = 0; i < L; ++i)
+    for (int j = 0; j < L; ++j) block[j][i] = rows[i][j];
+  for (int i = 0; i < L; ++i) rows[i] = load<A>(block[i]);
+#else
+  IntVec<A> lane;
+  for (int j = 0; j < L; ++j) lane[j] = j;
+#pragma GCC unroll 4
+  for (int step = 1; step < L; step *= 2) {
+    // Lanes with the step's bit clear come from the first row, the others from the second.
+    const IntVec<A> clear = (lane & step) == 0;
+    const IntVec<A> low = clear ? lane : lane - step + L;
+    const IntVec<A> high = clear ? lane + step : lane + L;
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      if (i & step) continue;
+      const Vec<A> a = rows[i], b = rows[i + step];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + step] = __builtin_shuffle(a, b, high);
+    }
+  }
+#endif
+}
+
+GI_END_VARIANT

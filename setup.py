@@ -1,0 +1,157 @@
+"""Builds the kernels with CMake and Ninja against the torch of the environment.
+
+Environment variables:
+    GI_KERNELS_CPP   1 requires the C++ kernels, 0 leaves them out; by default they are built where
+                     there is a compiler, and left out with a note where there is none.
+    GI_KERNELS_CUDA  1 requires CUDA kernels, 0 leaves them out.
+    GI_KERNELS_SANITIZE=1  builds with the address and undefined-behaviour sanitizers.
+    MAX_JOBS         parallel compilations; by default limited by cores and memory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.dist import Distribution
+
+ROOT = Path(__file__).parent
+TORCH = "torch>=2.11,<2.16"
+GIB_PER_JOB = 2.0  # torch headers need about this much memory per compiler
+
+
+def environment_torch() -> str | None:
+    """Directory of the torch to build against.
+
+    The environment's own interpreter is asked, isolated (-I), so that a build environment's path
+    does not hide its packages. Only if it has none is the build environment's torch taken.
+    """
+    code = (
+        "import importlib.util as u; s = u.find_spec('torch');"
+        "print(s.submodule_search_locations[0] if s else '')"
+    )
+    for flags in (["-I"], []):
+        found = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True)
+        if found.returncode == 0 and found.stdout.strip():
+            return found.stdout.strip()
+    return None
+
+
+def version() -> str:
+    """The package's version, from its source."""
+    text = (ROOT / "gi_kernels" / "__init__.py").read_text()
+    return re.search(r'__version__ = "(.+)"', text)[1]
+
+
+def jobs() -> int:
+    """Parallel compilations that fit into cores and memory."""
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    try:
+        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError):
+        memory = GIB_PER_JOB
+    return max(1, min(os.cpu_count() or 1, int(memory / GIB_PER_JOB)))
+
+
+class BuildKernels(build_ext):
+    """Runs CMake; a failure leaves a note for the doctor unless the kernels were required."""
+
+    def run(self) -> None:
+        target = ROOT if self.inplace else Path(self.build_lib).resolve()
+        note = target / "gi_kernels" / "build_failure.txt"
+        note.unlink(missing_ok=True)
+        try:
+            self.build(target)
+        except RefusedError as reason:
+            if os.environ.get("GI_KERNELS_CPP") == "1":
+                raise SystemExit(f"gi-kernels: GI_KERNELS_CPP=1, but {reason}") from None
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(f"{reason}\n")
+            print(f"gi-kernels: installing without C++ kernels: {reason}", file=sys.stderr)
+
+    def build(self, target: Path) -> None:
+        """Configure, compile and install below ``target``; raise ``RefusedError`` with the reason."""
+        if os.environ.get("GI_KERNELS_CPP") == "0":
+            raise RefusedError("GI_KERNELS_CPP=0 left them out")
+        torch = environment_torch()
+        if torch is None:
+            raise RefusedError("no torch was found to build against")
+        if os.environ.get("GI_KERNELS_CUDA") == "1":
+            raise SystemExit("gi-kernels: GI_KERNELS_CUDA=1, but no CUDA kernels are part of this version")
+        compiler = os.environ.get("CXX") or next(
+            (c for c in ("c++", "g++", "clang++") if shutil.which(c)), None
+        )
+        if compiler is None or shutil.which(compiler.split()[0]) is None:
+            raise RefusedError(f"no C++ compiler was found ({compiler or 'c++, g++, clang++'})")
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise RefusedError("cmake was not found")
+        import pybind11
+
+        work = Path(self.build_temp).resolve() / ("sanitize" if sanitize() else "release")
+        configure = [
+            cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
+            f"-DCMAKE_CXX_COMPILER={compiler}",
+            f"-DCMAKE_INSTALL_PREFIX={target}",
+            f"-DGI_PYTHON={sys.executable}",
+            f"-DGI_TORCH={torch}",
+            f"-DGI_PYBIND11_INCLUDE={pybind11.get_include()}",
+            f"-DGI_SANITIZE={'ON' if sanitize() else 'OFF'}",
+            "-DGI_TESTS=OFF",
+        ]  # fmt: skip
+        for command in (
+            configure,
+            [cmake, "--build", str(work), "-j", str(jobs())],
+            [cmake, "--install", str(work)],
+        ):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            print(done.stdout)
+            if done.returncode:
+                raise RefusedError(f"`{' '.join(command[:2])} ...` failed: {last_error(done.stdout)}")
+
+
+class RefusedError(Exception):
+    """Why the kernels are not built."""
+
+
+class BinaryDistribution(Distribution):
+    """A wheel with kernels serves one platform and Python, also where only CMake knows of them."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+def sanitize() -> bool:
+    """Whether a sanitizer build is asked for."""
+    return os.environ.get("GI_KERNELS_SANITIZE") == "1"
+
+
+def last_error(output: str) -> str:
+    """The line of a build log that says most."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["no output"])[0].strip()
+
+
+setup(
+    version=version(),
+    packages=[
+        str(p.parent.relative_to(ROOT)).replace(os.sep, ".")
+        for top in ("gi_kernels", "gi_model")
+        for p in sorted((ROOT / top).rglob("__init__.py"))
+    ],
+    package_data={"gi_model": ["assets/*"]},
+    install_requires=[TORCH, "numpy>=1.24"],
+    # Required by the build only where the environment has no torch.
+    setup_requires=[] if environment_torch() else [TORCH],
+    ext_modules=[Extension("gi_kernels._C", [])],
+    cmdclass={"build_ext": BuildKernels},
+    distclass=BinaryDistribution,
+)
