@@ -60,7 +60,8 @@ def lookup(volumes: Sequence[torch.Tensor], coords: torch.Tensor, radius: int) -
         H, W = volume.shape[2:]
         centre = coords.permute(0, 2, 3, 1).reshape(-1, 2, 1, 1) / 2**level
         if H * W == 0:
-            out.append((volume.sum() + 0 * coords.sum()).to(volume.dtype).expand(B, side * side, H1, W1))
+            nothing = volume.sum() + coords[:, :, :0].sum()  # zero, and part of the graph
+            out.append(nothing.to(volume.dtype).expand(B, side * side, H1, W1))
             continue
         read = sample(volume.reshape(B * H1 * W1, 1, H, W), centre + windows)  # [BH1W1,1,side,side]
         out.append(read.view(B, H1, W1, side * side).permute(0, 3, 1, 2))
