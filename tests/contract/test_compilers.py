@@ -163,8 +163,8 @@ def _assert_close(actual: Outcome, expected: Outcome) -> None:
 def _fresh(value, differentiable: bool):
     """A detached copy with the same strides; floating tensors ask for a gradient if told so."""
     if isinstance(value, torch.Tensor):
-        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
-        return copy.requires_grad_(differentiable and value.is_floating_point())
+        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value.detach())
+        return copy.detach().requires_grad_(differentiable and value.is_floating_point())
     if isinstance(value, list | tuple):
         return type(value)(_fresh(v, differentiable) for v in value)
     if isinstance(value, dict):

@@ -7,6 +7,7 @@ import torch
 from cases import Case, cases, first
 
 from gi_kernels.checks import FLOATING
+from gi_kernels.testing import errors
 from gi_kernels.testing.calls import tensors
 
 DTYPES = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d).split(".")[1])
@@ -20,13 +21,14 @@ def test_value_and_gradient(case: Case, dtype: torch.dtype) -> None:
 
 @cases(first(2))
 def test_gradient_of_one_argument_alone(case: Case) -> None:
-    """A gradient does not depend on which other gradients are asked for."""
+    """A gradient does not depend on which others are asked for, but for the order of its sums."""
     arguments = case.sample.make(torch.float32)
     every = case.run(arguments)
     for name in case.differentiable:
         alone = case.run(arguments, [name])
         for path, gradient in alone.gradients.items():
-            assert torch.equal(gradient, every.gradients[path]), path
+            allowed = case.spec.tolerance[torch.float32] * errors.magnitude(gradient)
+            assert errors.largest_error(gradient, every.gradients[path]) <= allowed, path
 
 
 @cases(first(2))

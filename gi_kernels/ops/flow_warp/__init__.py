@@ -58,7 +58,7 @@ def _fake(input, flow):
 def _fake_backward(grad, input, flow, need_input, need_flow):
     return (
         torch.empty_like(input) if need_input else input.new_empty(0),
-        torch.empty_like(flow) if need_flow else flow.new_empty(0),
+        flow.new_empty(flow.shape) if need_flow else flow.new_empty(0),
     )
 
 
