@@ -5,4 +5,6 @@
 TORCH_LIBRARY(gi, m) {
   m.def("flow_warp(Tensor input, Tensor flow) -> Tensor");
   m.def("flow_warp_backward(Tensor grad, Tensor input, Tensor flow, bool need_input, bool need_flow) -> (Tensor, Tensor)");
+  m.def("deformable_aggregation(Tensor features, Tensor keys, Tensor values, Tensor flows, Tensor errors, Tensor key_error_weight, Tensor value_error_weight, Tensor value_bias) -> Tensor");
+  m.def("deformable_aggregation_backward(Tensor grad, Tensor features, Tensor keys, Tensor values, Tensor flows, Tensor errors, Tensor key_error_weight, Tensor value_error_weight, Tensor value_bias, bool need_sources, bool need_maps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

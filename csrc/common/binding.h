@@ -5,6 +5,10 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "common/platform.h"
 #include "common/select.h"
 
@@ -36,6 +40,20 @@ inline Array array_of(const at::Tensor& t) {
   }
   return a;
 }
+
+// An uninitialised result with the layout of `t`. Large ones are put on huge pages where the system
+// leaves that choice to programs: touching fresh 4 KiB pages would cost more than the kernel itself.
+inline at::Tensor advise_huge_pages(at::Tensor t) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes()) / kHuge * kHuge;
+  if (end > begin + kHuge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
+inline at::Tensor empty_output_like(const at::Tensor& t) { return advise_huge_pages(at::empty_like(t)); }
 
 // Runs kernel(arguments, begin, end) over [0, items) on torch's threads.
 template <class Kernel, class Arguments>

@@ -53,6 +53,13 @@ GI_HOST_DEVICE Plane<T> plane_of(const Array& a, i64 b, i64 c) {
   return {static_cast<T*>(a.data) + b * a.stride[0] + c * a.stride[1], a.stride[1], a.stride[2], a.stride[3]};
 }
 
+// Frame t of item b of an array [B,T,C,H,W].
+template <class T>
+GI_HOST_DEVICE Plane<T> frame_of(const Array& a, i64 b, i64 t, i64 c) {
+  return {static_cast<T*>(a.data) + b * a.stride[0] + t * a.stride[1] + c * a.stride[2], a.stride[2], a.stride[3],
+          a.stride[4]};
+}
+
 // Channels of a slab block: as many as keep the slab of one frame at about half a megabyte.
 template <class A>
 inline i64 slab_channels(i64 C, i64 pixels) {
@@ -79,37 +86,36 @@ inline Block<const A> rows_of(const Plane<const T>& map, i64 channels, i64 H, i6
   return {slab.as<A>(), W * stride, stride};
 }
 
-// A block of a gradient [B,C,H,W] that is summed row by row: in place where that is possible, else in
-// `slab`, from which finish() writes it out. Starts at zero. An array without data gives no block.
+// A channel block of a gradient that is summed row by row: in place where that is possible, else in
+// memory for H*W padded rows, from which finish() writes it out. Starts at zero.
 template <class A, class T> struct GradientBlock {
   Block<A> block;
 
-  GradientBlock(const Array& gradient, i64 b, i64 c0, i64 channels, Scratch& slab)
-      : target_(plane_of<T>(gradient, b, c0)), channels_(channels), H_(gradient.size[2]), W_(gradient.size[3]) {
-    if (!gradient.data) return;
-    if constexpr (sizeof(A) == sizeof(T)) {
-      if (in_place<A>(target_, channels)) {
-        block = {target_.data, target_.sy, target_.sx};
-        for (i64 y = 0; y < H_; ++y)
-          for (i64 x = 0; x < W_; ++x) std::memset(block.at(y, x), 0, channels * sizeof(A));
-        return;
-      }
+  void start(const Plane<T>& target, i64 channels, i64 H, i64 W, A* memory) {
+    target_ = target;
+    channels_ = channels;
+    H_ = H;
+    W_ = W;
+    staged_ = !(sizeof(A) == sizeof(T) && in_place<A>(target, channels));
+    if (!staged_) {
+      block = {reinterpret_cast<A*>(target.data), target.sy, target.sx};
+      for (i64 y = 0; y < H; ++y)
+        for (i64 x = 0; x < W; ++x) std::memset(block.at(y, x), 0, channels * sizeof(A));
+      return;
     }
     const i64 stride = padded<A>(channels);
-    slab.reserve(H_ * W_ * stride * i64(sizeof(A)));
-    std::memset(slab.as<A>(), 0, H_ * W_ * stride * sizeof(A));
-    block = {slab.as<A>(), W_ * stride, stride};
-    staged_ = true;
+    std::memset(memory, 0, H * W * stride * sizeof(A));
+    block = {memory, W * stride, stride};
   }
 
-  void finish() {
+  void finish() const {
     if (staged_) unstage<A, T>(block.data, block.sx, channels_, 0, H_, W_, target_);
   }
 
  private:
   Plane<T> target_;
   i64 channels_, H_, W_;
-  bool staged_ = false;
+  bool staged_;
 };
 
 // Turns the gradient of a resized flow or error map, [channels, H, W] summed over `parts` partial

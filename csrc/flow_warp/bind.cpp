@@ -6,7 +6,7 @@ namespace {
 
 at::Tensor forward(const at::Tensor& input, const at::Tensor& flow_) {
   const at::Tensor flow = flow_.contiguous();
-  at::Tensor output = at::empty_like(input);
+  at::Tensor output = empty_output_like(input);
   if (output.numel() == 0) return output;
   const auto& kernels = flow_warp_kernels_for_this_cpu();
   const FlowWarpForward a{array_of(input), flow.const_data_ptr(), int(flow.size(2)), int(flow.size(3)),
@@ -18,7 +18,7 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& flow_) {
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& input,
                                             const at::Tensor& flow_, bool need_input, bool need_flow) {
   const at::Tensor flow = flow_.contiguous();
-  at::Tensor grad_input = need_input ? at::empty_like(input) : at::empty({0}, input.options());
+  at::Tensor grad_input = need_input ? empty_output_like(input) : at::empty({0}, input.options());
   at::Tensor grad_flow = need_flow ? at::empty(flow.sizes(), flow.options()) : at::empty({0}, flow.options());
   if (input.numel() == 0) return {grad_input, grad_flow.zero_()};
   const auto& kernels = flow_warp_kernels_for_this_cpu();

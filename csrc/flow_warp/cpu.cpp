@@ -218,7 +218,11 @@ void backward_typed(const FlowWarpBackward& a, i64 begin, i64 end) {
       if (sum) unstage<A, T>(sum, C, C, 0, H, W, plane_of<T>(a.grad_input, b, 0));
       continue;
     }
-    GradientBlock<A, T> sum(a.grad_input, b, c0, channels, sum_slab);
+    GradientBlock<A, T> sum;
+    if (a.grad_input.data) {
+      sum_slab.reserve(H * W * padded<A>(channels) * i64(sizeof(A)));
+      sum.start(plane_of<T>(a.grad_input, b, c0), channels, H, W, sum_slab.as<A>());
+    }
     const Block<const A> g = rows_of<A, T>(grad, channels, H, W, grad_slab);
     if (in_place<A>(in, channels)) {
       backward_block<A, const T>({in.data, in.sy, in.sx}, g, flow, channels, sum.block, grad_flow);
@@ -227,7 +231,7 @@ void backward_typed(const FlowWarpBackward& a, i64 begin, i64 end) {
           grad_flow ? rows_of<A, T>(in, channels, H, W, in_slab) : Block<const A>{};
       backward_block<A, const A>(staged, g, flow, padded<A>(channels), sum.block, grad_flow);
     }
-    sum.finish();
+    if (a.grad_input.data) sum.finish();
   }
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gi_kernels import checks, dispatch
+from gi_kernels import checks, dispatch, native
 from gi_kernels.ops.deformable_aggregation import reference
 from gi_kernels.precision import accumulation_dtype, autocast
 
@@ -70,4 +70,45 @@ def deformable_aggregation(
     return dispatch.run(OPERATOR, features, keys, values, *(t.to(dtype) for t in rest))
 
 
-OPERATOR = dispatch.Operator("deformable_aggregation", {"reference": reference.deformable_aggregation})
+def _cpp(*args: torch.Tensor) -> torch.Tensor:
+    return torch.ops.gi.deformable_aggregation(*args)
+
+
+OPERATOR = dispatch.Operator(
+    "deformable_aggregation", {"cpp": _cpp, "reference": reference.deformable_aggregation}
+)
+
+
+def _fake(features, *_):
+    return torch.empty_like(features)
+
+
+def _fake_backward(grad, features, keys, values, flows, errors, *rest):
+    *weights, need_sources, need_maps = rest
+    return (
+        torch.empty_like(keys) if need_sources else keys.new_empty(0),
+        torch.empty_like(values) if need_sources else keys.new_empty(0),
+        flows.new_empty(flows.shape) if need_maps else flows.new_empty(0),
+        errors.new_empty(errors.shape) if need_maps else flows.new_empty(0),
+        flows.new_empty(3, keys.shape[2]),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    need = ctx.needs_input_grad
+    sources, maps = need[1] or need[2], need[3] or need[4]
+    gradients = [None] * 7
+    if any(need[1:]):
+        *parts, weights = torch.ops.gi.deformable_aggregation_backward(
+            grad, *ctx.saved_tensors, sources, maps
+        )
+        gradients = [*parts, *weights]
+    return grad, *(g if n else None for g, n in zip(gradients, need[1:], strict=True))
+
+
+native.register("deformable_aggregation", _fake, _setup_context, _backward)
+native.register("deformable_aggregation_backward", _fake_backward)
