@@ -7,4 +7,8 @@ TORCH_LIBRARY(gi, m) {
   m.def("flow_warp_backward(Tensor grad, Tensor input, Tensor flow, bool need_input, bool need_flow) -> (Tensor, Tensor)");
   m.def("deformable_aggregation(Tensor features, Tensor keys, Tensor values, Tensor flows, Tensor errors, Tensor key_error_weight, Tensor value_error_weight, Tensor value_bias) -> Tensor");
   m.def("deformable_aggregation_backward(Tensor grad, Tensor features, Tensor keys, Tensor values, Tensor flows, Tensor errors, Tensor key_error_weight, Tensor value_error_weight, Tensor value_bias, bool need_sources, bool need_maps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("global_attention(Tensor query, Tensor[] keys, Tensor[] values) -> (Tensor, Tensor)");
+  m.def("global_attention_backward(Tensor grad, Tensor query, Tensor[] keys, Tensor[] values, Tensor output, Tensor log_sum) -> (Tensor, Tensor[], Tensor[])");
+  m.def("flow_consistency(Tensor flow, Tensor flow_backward) -> Tensor");
+  m.def("complete_flow(Tensor flow, Tensor mask) -> Tensor");
 }

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from gi_kernels import checks, dispatch
+from gi_kernels import checks, dispatch, native
 from gi_kernels.ops.global_attention import reference
-from gi_kernels.precision import autocast
+from gi_kernels.precision import accumulation_dtype, autocast
 
 
 def global_attention(
@@ -59,4 +59,38 @@ def global_attention(
     return dispatch.run(OPERATOR, query, keys, values)
 
 
-OPERATOR = dispatch.Operator("global_attention", {"reference": reference.global_attention})
+def _cpp(query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.ops.gi.global_attention(query, keys, values)[0]
+
+
+OPERATOR = dispatch.Operator("global_attention", {"cpp": _cpp, "reference": reference.global_attention})
+
+
+def _fake(query, keys, values):
+    B, h, N, d = query.shape
+    log_sum = query.new_empty(B, N, h, dtype=accumulation_dtype(query.dtype)).transpose(1, 2)
+    return query.new_empty(B, N, h, d).transpose(1, 2), log_sum
+
+
+def _fake_backward(grad, query, keys, values, output, log_sum):
+    return (
+        query.new_empty(query.shape),
+        [k.new_empty(k.shape) for k in keys],
+        [v.new_empty(v.shape) for v in values],
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    query, keys, values = inputs
+    ctx.segments = len(keys)
+    ctx.save_for_backward(query, *keys, *values, *output)
+
+
+def _backward(ctx, grad, _):
+    query, *rest, output, log_sum = ctx.saved_tensors
+    keys, values = rest[: ctx.segments], rest[ctx.segments :]
+    return torch.ops.gi.global_attention_backward(grad, query, keys, values, output, log_sum)
+
+
+native.register("global_attention", _fake, _setup_context, _backward)
+native.register("global_attention_backward", _fake_backward)
