@@ -11,4 +11,6 @@ TORCH_LIBRARY(gi, m) {
   m.def("global_attention_backward(Tensor grad, Tensor query, Tensor[] keys, Tensor[] values, Tensor output, Tensor log_sum) -> (Tensor, Tensor[], Tensor[])");
   m.def("flow_consistency(Tensor flow, Tensor flow_backward) -> Tensor");
   m.def("complete_flow(Tensor flow, Tensor mask) -> Tensor");
+  m.def("convex_upsample(Tensor flow, Tensor mask) -> Tensor");
+  m.def("convex_upsample_backward(Tensor grad, Tensor flow, Tensor mask, bool need_flow, bool need_mask) -> (Tensor, Tensor)");
 }

@@ -102,7 +102,7 @@ GI_HOST_DEVICE uint16_t scalar_to_half(float f) {
 
 template <class A> GI_HOST_DEVICE Vec<A> load(const f16* p) {
 #if defined(__AVX512F__)
-  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (Vec<float>)_mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__) && defined(__AVX2__)
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else

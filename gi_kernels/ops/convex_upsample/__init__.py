@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gi_kernels import checks, dispatch
+from gi_kernels import checks, dispatch, native
 from gi_kernels.ops.convex_upsample import reference
 from gi_kernels.precision import accumulation_dtype
 
@@ -38,4 +38,36 @@ def convex_upsample(flow: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return dispatch.run(OPERATOR, flow.to(accumulation_dtype(mask.dtype)), mask)
 
 
-OPERATOR = dispatch.Operator("convex_upsample", {"reference": reference.convex_upsample})
+def _cpp(flow: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.ops.gi.convex_upsample(flow, mask)
+
+
+OPERATOR = dispatch.Operator("convex_upsample", {"cpp": _cpp, "reference": reference.convex_upsample})
+
+
+def _fake(flow, mask):
+    B, _, h, w = mask.shape
+    return flow.new_empty(B, 2, reference.FACTOR * h, reference.FACTOR * w)
+
+
+def _fake_backward(grad, flow, mask, need_flow, need_mask):
+    return (
+        flow.new_empty(flow.shape) if need_flow else flow.new_empty(0),
+        torch.empty_like(mask) if need_mask else mask.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    need_flow, need_mask = ctx.needs_input_grad
+    grad_flow, grad_mask = torch.ops.gi.convex_upsample_backward(
+        grad, *ctx.saved_tensors, need_flow, need_mask
+    )
+    return grad_flow if need_flow else None, grad_mask if need_mask else None
+
+
+native.register("convex_upsample", _fake, _setup_context, _backward)
+native.register("convex_upsample_backward", _fake_backward)
