@@ -1,0 +1,412 @@
+"""Layers on the operators, their parameters named as in the published checkpoints.
+
+Each computes exactly what the published layer computes, with less work:
+
+- the target's term of the aggregation's logits is the same for all references, so the softmax
+  removes it: it is never computed and its parameters have zero gradients;
+- a 1x1 convolution commutes with the warp, so references are projected once, before it;
+- windows are pooled before they are projected, and projected before they are spread;
+- batch statistics of a spread map follow from sums over its windows.
+
+Source of all layers: Esser, Michael, Sengupta, "Towards Unified Keyframe Propagation Models", 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gi_kernels import checks
+from gi_kernels.ops.deformable_aggregation import deformable_aggregation
+from gi_kernels.ops.global_attention import global_attention
+from gi_kernels.ops.window_pool import window_pool
+from gi_kernels.ops.window_pool.reference import join_windows, split_windows
+from gi_kernels.ops.window_spread import window_spread
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
+class DeformableAggregation(nn.Module):
+    r"""Adds to a target's features what its references show where the flow points.
+
+    .. math:: out = x + \sum_t \mathrm{softmax}_t(q([s_t, e_t, x])) \odot v([s_t, e_t])
+
+    with ``s`` the references sampled along the flow, ``e`` the flow errors and ``q``, ``v`` 1x1
+    convolutions. Parameters: ``q.weight [C, 2C+1, 1, 1]``, ``q.bias [C]``, ``v.weight
+    [C, C+1, 1, 1]``, ``v.bias [C]``. ``q.bias`` and the part of ``q.weight`` that meets the target
+    have no effect; their gradients are zero.
+
+    Args:
+        channels: ``C``.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        checks.positive("channels", channels)
+        self.channels = channels
+        self.q = nn.Conv2d(2 * channels + 1, channels, 1)
+        self.v = nn.Conv2d(channels + 1, channels, 1)
+
+    def forward(
+        self, features: torch.Tensor, references: torch.Tensor, flows: torch.Tensor, errors: torch.Tensor
+    ) -> torch.Tensor:
+        """``[B,C,H,W]``, ``[B,T,C,H,W]``, ``[B,T,2,h,w]`` (pixels), ``[B,T,1,h',w']`` -> ``[B,C,H,W]``."""
+        keys, values = self.project(references)
+        return self.aggregate(features, keys, values, flows, errors)
+
+    def project(self, references: torch.Tensor) -> KeysValues:
+        """Keys and values ``[B,T,C,H,W]`` of references, channels-last; they serve every target."""
+        checks.shapes(("references", references, f"B T {self.channels} H W"))
+        B, T = references.shape[:2]
+        frames = references.flatten(0, 1)
+        keys = pointwise(frames, self.q.weight[:, : self.channels])
+        values = pointwise(frames, self.v.weight[:, : self.channels])
+        return keys.unflatten(0, (B, T)), values.unflatten(0, (B, T))
+
+    def aggregate(
+        self,
+        features: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        flows: torch.Tensor,
+        errors: torch.Tensor,
+    ) -> torch.Tensor:
+        """The layer's result from what ``project`` returned."""
+        key_error_weight = self.q.weight[:, self.channels, 0, 0]
+        # Ties q.bias to the graph: it gets a zero gradient, which data-parallel training waits for.
+        chosen = torch.ones_like(key_error_weight, dtype=torch.bool)
+        key_error_weight = torch.where(chosen, key_error_weight, self.q.bias)
+        value_error_weight = self.v.weight[:, self.channels, 0, 0]
+        return deformable_aggregation(
+            features, keys, values, flows, errors, key_error_weight, value_error_weight, self.v.bias
+        )
+
+
+class LatentAttention(nn.Module):
+    r"""Self-attention of latents, over further keys and values where given, and an MLP.
+
+    .. math:: y = x + P \, \mathrm{attention}(q(n), [k(n); k'], [v(n); v']), \; n = \mathrm{LN}_1(x),
+        \qquad out = y + \mathrm{MLP}(\mathrm{LN}_2(y))
+
+    Parameters: ``attn.{layernorm1,query,key,value}``, ``projection``, ``ln_premlp``,
+    ``mlp.{dense1,dense2}``; the MLP has an exact GELU and does not widen.
+
+    Args:
+        dim: width of the latents.
+        heads: number of heads; divides ``dim``.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        check_heads(dim, heads)
+        self.heads = heads
+        self.attn = _Projections(dim)
+        self.projection = nn.Linear(dim, dim)
+        self.ln_premlp = nn.LayerNorm(dim)
+        self.mlp = _MLP(nn.Linear(dim, dim), nn.Linear(dim, dim))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        extra: KeysValues | Sequence[KeysValues] | None = None,
+        return_kv: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, KeysValues]:
+        """Attend.
+
+        Args:
+            x: ``[B, N, dim]``.
+            extra: a pair ``(keys, values)`` of ``[B, heads, M, dim/heads]``, or a sequence of pairs,
+                to which ``x`` attends besides its own.
+            return_kv: also return this layer's own ``(keys, values)``.
+        """
+        dim = self.projection.in_features
+        checks.shapes(("x", x, f"B N {dim}"))
+        pairs = _pairs(extra)
+        h = self.attn.layernorm1(x)
+        query, key, value = (
+            layer(h).unflatten(2, (self.heads, dim // self.heads)).transpose(1, 2)
+            for layer in (self.attn.query, self.attn.key, self.attn.value)
+        )
+        out = global_attention(query, [key, *(k for k, _ in pairs)], [value, *(v for _, v in pairs)])
+        x = x + self.projection(out.transpose(1, 2).flatten(2))
+        x = x + self.mlp(self.ln_premlp(x))
+        return (x, (key, value)) if return_kv else x
+
+
+class WindowRead(nn.Module):
+    r"""Reads a feature map into latents, one latent per window.
+
+    .. math:: r_{w,h} = \sum_{p \in w} \mathrm{softmax}_{p \in w}(l_h)_p \, v_h(p), \quad
+        z = x + P \, \mathrm{LN}_1(r), \quad out = z + \mathrm{MLP}(\mathrm{LN}_2(z))
+
+    with logits ``l`` and values ``v`` 1x1 convolutions of the features. A map that does not divide
+    into the grid is resized (bilinear, ``align_corners=True``) to the nearest multiple, at least one
+    pixel per window. Parameters: ``ln1``, ``ln2``, ``mlp.{dense1,dense2}``, ``to_logits``,
+    ``to_values``, ``projection``.
+
+    Args:
+        dim: channels of latents and features.
+        heads: number of heads; divides ``dim``.
+        num_latents: a square number, the windows.
+    """
+
+    def __init__(self, dim: int, heads: int, num_latents: int) -> None:
+        super().__init__()
+        check_heads(dim, heads)
+        self.heads = heads
+        self.side = grid_side(num_latents)
+        self.ln1 = nn.LayerNorm(dim)
+        self.ln2 = nn.LayerNorm(dim)
+        self.mlp = _MLP(nn.Linear(dim, dim), nn.Linear(dim, dim))
+        self.to_logits = nn.Conv2d(dim, heads, 1)
+        self.to_values = nn.Conv2d(dim, dim, 1)
+        self.projection = nn.Linear(dim, dim)
+
+    def forward(
+        self, latents: torch.Tensor, features: torch.Tensor, return_attention: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Read.
+
+        Args:
+            latents: ``[B, num_latents, dim]``.
+            features: ``[B, dim, H, W]``.
+            return_attention: also return the softmax maps ``[B, heads, H', W']`` at the grid's size.
+        """
+        dim = self.projection.in_features
+        checks.shapes(("latents", latents, f"B {self.side**2} {dim}"), ("features", features, f"B {dim} H W"))
+        windows = (self.side, self.side)
+        logits = pointwise(features, self.to_logits.weight, self.to_logits.bias)
+        size = grid_size(features, self.side)
+        logits, features = resize(logits, size), resize(features, size)
+        pooled = window_pool(logits, features, windows)  # [B,L,h,C]
+        # Values are projected per window: the softmax weights sum to one, so the bias is just added.
+        weight = self.to_values.weight.view(self.heads, -1, dim)
+        read = _per_head(pooled, weight.transpose(1, 2)).flatten(2) + self.to_values.bias
+        latents = latents + self.projection(self.ln1(read))
+        latents = latents + self.mlp(self.ln2(latents))
+        if not return_attention:
+            return latents
+        attention = split_windows(logits, windows).float().softmax(dim=3).to(logits.dtype)
+        return latents, join_windows(attention, windows, size)
+
+
+class WindowWrite(nn.Module):
+    r"""Writes latents back to a feature map, each into its window.
+
+    .. math:: r_h(p) = \sigma(l_h(p)) \, v_h(w(p)), \quad z = x + P \, \mathrm{BN}_1(r), \quad
+        out = z + \mathrm{MLP}(\mathrm{BN}_2(z))
+
+    with logits ``l`` a 1x1 convolution of the features and values ``v`` a linear map of the latents.
+    Logits of a map that does not divide into the grid are resized to the nearest multiple, and
+    ``r`` back. Parameters: ``ln1``, ``ln2`` (batch norms), ``mlp.{dense1,dense2}``, ``to_logits``,
+    ``projection`` (1x1 convolutions), ``to_values`` (linear).
+
+    Args:
+        dim, heads, num_latents: as for :class:`WindowRead`.
+    """
+
+    def __init__(self, dim: int, heads: int, num_latents: int) -> None:
+        super().__init__()
+        check_heads(dim, heads)
+        self.heads = heads
+        self.side = grid_side(num_latents)
+        self.ln1 = nn.BatchNorm2d(dim)
+        self.ln2 = nn.BatchNorm2d(dim)
+        self.mlp = _MLP(nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 1))
+        self.to_logits = nn.Conv2d(dim, heads, 1)
+        self.to_values = nn.Linear(dim, dim)
+        self.projection = nn.Conv2d(dim, dim, 1)
+
+    def forward(
+        self, features: torch.Tensor, latents: torch.Tensor, return_attention: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Write.
+
+        Args:
+            features: ``[B, dim, H, W]``.
+            latents: ``[B, num_latents, dim]``.
+            return_attention: also return the sigmoid maps ``[B, heads, H', W']`` at the grid's size.
+        """
+        dim = self.to_values.in_features
+        checks.shapes(("features", features, f"B {dim} H W"), ("latents", latents, f"B {self.side**2} {dim}"))
+        size = grid_size(features, self.side)
+        logits = resize(pointwise(features, self.to_logits.weight, self.to_logits.bias), size)
+        values = self.to_values(latents)
+        original = (features.shape[2], features.shape[3])
+        known = not _uses_batch_statistics(self.ln1)
+        if known or (type(self.ln1) is nn.BatchNorm2d and size == original):
+            written = self._write_projected(logits, values, original)
+        else:
+            written = self._write_explicitly(logits, values, original)
+        features = features + written
+        out = features + self._mlp(features)
+        return (out, logits.sigmoid()) if return_attention else out
+
+    def _write_projected(
+        self, logits: torch.Tensor, values: torch.Tensor, original: tuple[int, int]
+    ) -> torch.Tensor:
+        """P BN(r) without forming r: norm and projection are folded into the latents."""
+        if _uses_batch_statistics(self.ln1):
+            mean, variance = self._batch_statistics(logits, values)
+        else:
+            mean, variance = self.ln1.running_mean, self.ln1.running_var
+        scale, shift = _affine(self.ln1, mean, variance)
+        weight = self.projection.weight.flatten(1)  # [O,D]
+        scaled = (values * scale.to(values.dtype)).unflatten(2, (self.heads, -1))
+        projected = _per_head(scaled, weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0))  # [B,L,h,O]
+        spread = resize(window_spread(logits, projected, (self.side, self.side)), original)
+        constant = torch.mv(weight, shift.to(weight.dtype)) + self.projection.bias
+        return spread + constant.to(spread.dtype)[:, None, None]
+
+    def _write_explicitly(
+        self, logits: torch.Tensor, values: torch.Tensor, original: tuple[int, int]
+    ) -> torch.Tensor:
+        """P BN(r), forming r: where its statistics are not sums over windows, or are the norm's affair."""
+        windows, size = (self.side, self.side), (logits.shape[2], logits.shape[3])
+        gates = split_windows(logits, windows).sigmoid()  # [B,L,h,P]
+        parts = values.unflatten(2, (self.heads, -1))[..., None] * gates[:, :, :, None]  # [B,L,h,j,P]
+        read = resize(join_windows(parts.flatten(2, 3), windows, size), original)
+        return pointwise(self.ln1(read), self.projection.weight, self.projection.bias)
+
+    def _batch_statistics(self, logits: torch.Tensor, values: torch.Tensor) -> KeysValues:
+        """Mean and variance of r over batch and pixels; updates the running statistics.
+
+        Sums in float64: the variance is a difference of large numbers.
+        """
+        count = logits.shape[0] * logits.shape[2] * logits.shape[3]
+        if count < 2:
+            raise ValueError(
+                f"features: expected more than one pixel in the batch when training, got {count}"
+            )
+        gates = split_windows(logits, (self.side, self.side)).double().sigmoid()  # [B,L,h,P]
+        v = values.double().unflatten(2, (self.heads, -1))  # [B,L,h,j]
+        mean = (gates.sum(3)[..., None] * v).sum((0, 1)).flatten() / count
+        square = ((gates**2).sum(3)[..., None] * v**2).sum((0, 1)).flatten() / count
+        variance = (square - mean**2).clamp(min=0)
+        norm = self.ln1
+        if norm.training and norm.track_running_stats:
+            with torch.no_grad():
+                norm.num_batches_tracked.add_(1)
+                share = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked
+                for running, new in (
+                    (norm.running_mean, mean),
+                    (norm.running_var, variance * (count / (count - 1))),
+                ):
+                    running.copy_(running + (new.to(running.dtype) - running) * share)
+        return mean, variance
+
+    def _mlp(self, features: torch.Tensor) -> torch.Tensor:
+        """The MLP on the normed features; outside training the norm is folded into its first layer."""
+        dense1, dense2 = self.mlp.dense1, self.mlp.dense2
+        weight, bias = dense1.weight.flatten(1), dense1.bias
+        if _uses_batch_statistics(self.ln2) or type(self.ln2) is not nn.BatchNorm2d:
+            features = self.ln2(features)
+        else:
+            scale, shift = _affine(self.ln2, self.ln2.running_mean, self.ln2.running_var)
+            bias = bias + torch.mv(weight, shift.to(weight.dtype))
+            weight = weight * scale.to(weight.dtype)
+        return pointwise(F.gelu(pointwise(features, weight, bias)), dense2.weight, dense2.bias)
+
+
+def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """1x1 convolution of ``x`` [N,C,H,W] with ``weight`` [O,C] or [O,C,1,1] -> [N,O,H,W], channels-last.
+
+    A matrix product that reads ``x`` where it is, contiguous or channels-last.
+    """
+    weight = weight.flatten(1)
+    rows = x.flatten(2).transpose(1, 2)  # [N,HW,C]
+    if x.is_contiguous(memory_format=torch.channels_last) or rows.shape[0] == 0:
+        out = F.linear(rows, weight, bias)
+    else:
+        out = torch.bmm(rows, weight.t().expand(rows.shape[0], -1, -1))
+        if bias is not None:
+            out = out + bias.to(out.dtype)
+    return out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """``x`` [N,C,H,W] resized bilinearly with ``align_corners=True``; as it is where sizes agree."""
+    if (x.shape[2], x.shape[3]) == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def grid_size(features: torch.Tensor, side: int) -> tuple[int, int]:
+    """The multiples of ``side`` nearest to a map's height and width (halves to even), at least ``side``."""
+    H, W = (side * max(1, round(n / side)) for n in features.shape[2:])
+    return H, W
+
+
+def grid_side(num_latents: int) -> int:
+    """Side of the square grid; raise unless ``num_latents`` is a square."""
+    checks.positive("num_latents", num_latents)
+    side = isqrt(num_latents)
+    if side * side != num_latents:
+        raise ValueError(f"num_latents: expected a square number, got {num_latents}")
+    return side
+
+
+def check_heads(dim: int, heads: int) -> None:
+    """Raise unless ``heads`` divides ``dim``."""
+    checks.positive("dim", dim)
+    checks.positive("heads", heads)
+    if dim % heads:
+        raise ValueError(f"heads: expected a divisor of dim {dim}, got {heads}")
+
+
+class _Projections(nn.Module):
+    """The parameters named ``attn`` in a checkpoint."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layernorm1 = nn.LayerNorm(dim)
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+
+
+class _MLP(nn.Module):
+    """The parameters named ``mlp``; called on the last dimension where the layers are linear."""
+
+    def __init__(self, dense1: nn.Module, dense2: nn.Module) -> None:
+        super().__init__()
+        self.dense1 = dense1
+        self.dense2 = dense2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dense2(F.gelu(self.dense1(x)))
+
+
+def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[B,L,h,i] times [h,i,o] -> [B,L,h,o], one product per head, reading x where it is."""
+    B, L = x.shape[:2]
+    out = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.to(x.dtype))  # [h,BL,o]
+    return out.transpose(0, 1).unflatten(0, (B, L))
+
+
+def _pairs(extra: KeysValues | Sequence[KeysValues] | None) -> list[KeysValues]:
+    if extra is None:
+        return []
+    if len(extra) == 2 and isinstance(extra[0], torch.Tensor):
+        return [(extra[0], extra[1])]  # type: ignore[list-item]
+    for i, pair in enumerate(extra):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise TypeError(f"extra[{i}]: expected a pair (keys, values), got {type(pair).__name__}")
+    return list(extra)  # type: ignore[arg-type]
+
+
+def _uses_batch_statistics(norm: nn.Module) -> bool:
+    return norm.training or getattr(norm, "running_mean", None) is None
+
+
+def _affine(norm: nn.Module, mean: torch.Tensor, variance: torch.Tensor) -> KeysValues:
+    """Scale and shift that a batch norm with these statistics applies."""
+    scale = torch.rsqrt(variance + norm.eps)
+    shift = -mean * scale
+    if norm.affine:
+        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
+    return scale, shift

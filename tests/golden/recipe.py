@@ -1,0 +1,45 @@
+"""Inputs and weights of the golden tensors: each is a function of its name and shape.
+
+A tensor's values come from torch's CPU generator, seeded with the CRC-32 of the name. The file
+``operators.safetensors`` holds only what the published implementation made of them.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+
+def normal(name: str, *shape: int) -> torch.Tensor:
+    """Standard normal tensor that belongs to ``name``."""
+    return torch.randn(shape, generator=_generator(name))
+
+
+def uniform(name: str, *shape: int) -> torch.Tensor:
+    """Uniform [0, 1) tensor that belongs to ``name``."""
+    return torch.rand(shape, generator=_generator(name))
+
+
+def fill(module: torch.nn.Module, prefix: str) -> None:
+    """Give every parameter and buffer of ``module`` the value that belongs to ``prefix`` + its key."""
+    state = {
+        key: _weight(prefix + key, value) if value.is_floating_point() else torch.zeros_like(value)
+        for key, value in module.state_dict().items()
+    }
+    module.load_state_dict(state)
+
+
+def _weight(name: str, like: torch.Tensor) -> torch.Tensor:
+    value = normal(name, *like.shape)
+    if name.endswith("running_var"):
+        return value.abs() / 2 + 0.5
+    if name.endswith(("running_mean", "bias")):
+        return value * 0.1
+    if like.dim() == 1:  # every one-dimensional weight is a norm's
+        return 1 + 0.1 * value
+    return value / (like.numel() // like.shape[0]) ** 0.5
+
+
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()) % 2**31)
