@@ -13,4 +13,8 @@ TORCH_LIBRARY(gi, m) {
   m.def("complete_flow(Tensor flow, Tensor mask) -> Tensor");
   m.def("convex_upsample(Tensor flow, Tensor mask) -> Tensor");
   m.def("convex_upsample_backward(Tensor grad, Tensor flow, Tensor mask, bool need_flow, bool need_mask) -> (Tensor, Tensor)");
+  m.def("window_pool(Tensor logits, Tensor features, int rows, int columns) -> Tensor");
+  m.def("window_pool_backward(Tensor grad, Tensor logits, Tensor features, int rows, int columns, bool need_logits, bool need_features) -> (Tensor, Tensor)");
+  m.def("window_spread(Tensor logits, Tensor latents, int rows, int columns) -> Tensor");
+  m.def("window_spread_backward(Tensor grad, Tensor logits, Tensor latents, int rows, int columns, bool need_logits, bool need_latents) -> (Tensor, Tensor)");
 }

@@ -114,7 +114,8 @@ template <class A> GI_HOST_DEVICE Vec<A> load(const f16* p) {
 
 template <class A> GI_HOST_DEVICE void store(f16* p, const Vec<float>& v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  // With a full mask: GCC 12 warns of the undefined register inside the plain intrinsic.
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && defined(__AVX2__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gi_kernels import checks, dispatch
+from gi_kernels import checks, dispatch, native
 from gi_kernels.ops.window_pool import reference
 from gi_kernels.precision import autocast
 
@@ -50,4 +50,34 @@ def check_windows(windows: tuple[int, int], height: int, width: int) -> tuple[in
     return windows[0], windows[1]
 
 
-OPERATOR = dispatch.Operator("window_pool", {"reference": reference.window_pool})
+def _cpp(logits: torch.Tensor, features: torch.Tensor, windows: tuple[int, int]) -> torch.Tensor:
+    return torch.ops.gi.window_pool(logits, features, *windows)
+
+
+OPERATOR = dispatch.Operator("window_pool", {"cpp": _cpp, "reference": reference.window_pool})
+
+
+def _fake(logits, features, rows, columns):
+    return features.new_empty(features.shape[0], rows * columns, logits.shape[1], features.shape[1])
+
+
+def _fake_backward(grad, logits, features, rows, columns, need_logits, need_features):
+    return (
+        torch.empty_like(logits) if need_logits else logits.new_empty(0),
+        torch.empty_like(features) if need_features else features.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.windows = inputs[2:]
+
+
+def _backward(ctx, grad):
+    need = ctx.needs_input_grad[:2]
+    gradients = torch.ops.gi.window_pool_backward(grad, *ctx.saved_tensors, *ctx.windows, *need)
+    return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), None, None
+
+
+native.register("window_pool", _fake, _setup_context, _backward)
+native.register("window_pool_backward", _fake_backward)

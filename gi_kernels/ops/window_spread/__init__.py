@@ -6,7 +6,7 @@ from math import isqrt
 
 import torch
 
-from gi_kernels import checks, dispatch
+from gi_kernels import checks, dispatch, native
 from gi_kernels.ops.window_pool import check_windows
 from gi_kernels.ops.window_spread import reference
 from gi_kernels.precision import autocast
@@ -54,4 +54,38 @@ def window_spread(
     return dispatch.run(OPERATOR, logits.to(latents.dtype), latents, windows)
 
 
-OPERATOR = dispatch.Operator("window_spread", {"reference": reference.window_spread})
+def _cpp(logits: torch.Tensor, latents: torch.Tensor, windows: tuple[int, int]) -> torch.Tensor:
+    return torch.ops.gi.window_spread(logits, latents, *windows)
+
+
+OPERATOR = dispatch.Operator("window_spread", {"cpp": _cpp, "reference": reference.window_spread})
+
+
+def _fake(logits, latents, rows, columns):
+    (B, _, H, W), C = logits.shape, latents.shape[3]
+    # The kernel's binding applies the same rule.
+    channels_last = logits.is_contiguous(memory_format=torch.channels_last) and not logits.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((B, C, H, W), dtype=latents.dtype, device=latents.device, memory_format=memory_format)
+
+
+def _fake_backward(grad, logits, latents, rows, columns, need_logits, need_latents):
+    return (
+        torch.empty_like(logits) if need_logits else logits.new_empty(0),
+        latents.new_empty(latents.shape) if need_latents else latents.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.windows = inputs[2:]
+
+
+def _backward(ctx, grad):
+    need = ctx.needs_input_grad[:2]
+    gradients = torch.ops.gi.window_spread_backward(grad, *ctx.saved_tensors, *ctx.windows, *need)
+    return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), None, None
+
+
+native.register("window_spread", _fake, _setup_context, _backward)
+native.register("window_spread_backward", _fake_backward)
