@@ -5,6 +5,7 @@ Environment variables:
                      there is a compiler, and left out with a note where there is none.
     GI_KERNELS_CUDA  1 requires CUDA kernels, 0 leaves them out.
     GI_KERNELS_SANITIZE=1  builds with the address and undefined-behaviour sanitizers.
+    GI_KERNELS_PORTABLE=1  builds no variants for newer instruction sets.
     MAX_JOBS         parallel compilations; by default limited by cores and memory.
 """
 
@@ -64,6 +65,8 @@ class BuildKernels(build_ext):
     """Runs CMake; a failure leaves a note for the doctor unless the kernels were required."""
 
     def run(self) -> None:
+        if os.environ.get("GI_KERNELS_CUDA") == "1":
+            raise SystemExit("gi-kernels: GI_KERNELS_CUDA=1, but no CUDA kernels are part of this version")
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         note = target / "gi_kernels" / "build_failure.txt"
         note.unlink(missing_ok=True)
@@ -83,8 +86,6 @@ class BuildKernels(build_ext):
         torch = environment_torch()
         if torch is None:
             raise RefusedError("no torch was found to build against")
-        if os.environ.get("GI_KERNELS_CUDA") == "1":
-            raise SystemExit("gi-kernels: GI_KERNELS_CUDA=1, but no CUDA kernels are part of this version")
         compiler = os.environ.get("CXX") or next(
             (c for c in ("c++", "g++", "clang++") if shutil.which(c)), None
         )
@@ -93,17 +94,26 @@ class BuildKernels(build_ext):
         cmake = shutil.which("cmake")
         if cmake is None:
             raise RefusedError("cmake was not found")
-        import pybind11
+        ninja = shutil.which("ninja")
+        if ninja is None:
+            raise RefusedError("ninja was not found")
+        try:
+            import pybind11
+        except ImportError:
+            raise RefusedError("pybind11 was not found") from None
 
-        work = Path(self.build_temp).resolve() / ("sanitize" if sanitize() else "release")
+        kind = ("sanitize" if sanitize() else "release") + ("_portable" if portable() else "")
+        work = Path(self.build_temp).resolve() / kind
         configure = [
             cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",  # an isolated build's is at another place every time
             f"-DCMAKE_CXX_COMPILER={compiler}",
             f"-DCMAKE_INSTALL_PREFIX={target}",
             f"-DGI_PYTHON={sys.executable}",
             f"-DGI_TORCH={torch}",
             f"-DGI_PYBIND11_INCLUDE={pybind11.get_include()}",
             f"-DGI_SANITIZE={'ON' if sanitize() else 'OFF'}",
+            f"-DGI_PORTABLE_ONLY={'ON' if portable() else 'OFF'}",
             "-DGI_TESTS=OFF",
         ]  # fmt: skip
         for command in (
@@ -133,6 +143,11 @@ def sanitize() -> bool:
     return os.environ.get("GI_KERNELS_SANITIZE") == "1"
 
 
+def portable() -> bool:
+    """Whether only the portable variant is asked for."""
+    return os.environ.get("GI_KERNELS_PORTABLE") == "1"
+
+
 def last_error(output: str) -> str:
     """The line of a build log that says most."""
     lines = [line for line in output.splitlines() if line.strip()]
@@ -147,7 +162,7 @@ setup(
         for top in ("gi_kernels", "gi_model")
         for p in sorted((ROOT / top).rglob("__init__.py"))
     ],
-    package_data={"gi_model": ["assets/*"]},
+    package_data={"gi_kernels": ["py.typed"], "gi_model": ["assets/*"]},
     install_requires=[TORCH, "numpy>=1.24"],
     # Required by the build only where the environment has no torch.
     setup_requires=[] if environment_torch() else [TORCH],

@@ -1,14 +1,23 @@
-"""Says at the start of a run what is under test and with which seed."""
+"""Says at the start of a run what is under test and with which seed.
+
+Environment variables that `make` sets, so that a run cannot test something else unnoticed:
+    GI_KERNELS_TEST_INSTALLED=1  the package must not be the source tree, its kernels must be loaded.
+    GI_KERNELS_TEST_SANITIZED=1  the kernels must be built with sanitizers.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
+from pathlib import Path
 
 import pytest
 import torch
 
+import gi_kernels
 from gi_kernels import native
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -16,12 +25,31 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give Hypothesis a seed that can be printed, unless one was asked for."""
     if config.getoption("hypothesisseed", None) is None:
         config.option.hypothesisseed = str(secrets.randbits(32))
+    package = Path(gi_kernels.__file__).parents[1]
+    if os.environ.get("GI_KERNELS_TEST_INSTALLED") == "1" and (package == ROOT or native.PROBLEM):
+        raise pytest.UsageError(f"not the installed package with its kernels: {package}; {native.PROBLEM}")
+    if os.environ.get("GI_KERNELS_TEST_SANITIZED") == "1" and not native.RECEIPT.get("sanitize"):
+        raise pytest.UsageError(f"not built with sanitizers: {package}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--slow`` runs the tests that build the package."""
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow: they build the package")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes, and say so."""
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: --slow, or make install-ladder"))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Which kernels run, and the seed of the fuzz tests."""
     wanted = os.environ.get("GI_KERNELS_CPU_CAPABILITY", "the machine's best")
     return [
+        f"gi_kernels in {Path(gi_kernels.__file__).parent}",
         f"gi_kernels: {native.PROBLEM or 'C++ kernels loaded, variant: ' + wanted}",
         f"torch {torch.__version__}, {torch.get_num_threads()} threads",
         f"fuzzing: --hypothesis-seed={config.option.hypothesisseed}",

@@ -21,7 +21,6 @@ from gi_kernels.testing import errors
 from gi_kernels.testing.calls import Outcome, cotangent, map_tensors, tensors
 from gi_kernels.testing.layouts import channels_last
 
-ROOT = Path(__file__).parents[2]
 SLOW = os.environ.get("GI_KERNELS_SLOW_TESTS") == "1"
 
 
@@ -127,10 +126,13 @@ def test_nothing_depends_on_fresh_memory() -> None:
         "MALLOC_PERTURB_": "1",  # fresh memory is 0xfe: -1.7e38 in float32, NaN in float16
         "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
         "GI_KERNELS_POISONED_HEAP": "1",
+        "PYTHONPATH": str(Path(gi_kernels.__file__).parents[1]),  # the package under test, installed or not
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["tests/contract/test_values.py::test_value_and_gradient"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | poison, capture_output=True, text=True)
+    command += ["test_values.py::test_value_and_gradient"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=os.environ | poison, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 

@@ -1,0 +1,100 @@
+# Everything runs in a virtual environment that is made on first use. `make help` lists the targets.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PYTHON ?= python3
+# Packages for `make test`; a demo needs only [video].
+EXTRAS ?= video,test,bench
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+BIN := $(abspath $(VENV))/bin
+# Tests import the installed package: the scripts in $(BIN) do not put the source tree on the path.
+PYTEST := GI_KERNELS_TEST_INSTALLED=1 $(BIN)/pytest -p no:cacheprovider
+VALUES := tests/contract/test_values.py
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help demo install test lint types ctest unit variants sanitize sanitize-short mutants \
+        install-ladder bench readme doctor clean
+.NOTPARALLEL:
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: EXTRAS = video
+demo: install  ## repair the bundled clip; writes demo-output/
+	cd $(BIN) && ./python -m gi_model.demo -o $(CURDIR)/demo-output
+
+test: install lint types ctest unit variants sanitize-short  ## everything that must pass, in under 30 minutes
+	@echo "make test: passed"
+
+install: $(BIN)/python  ## this package into the virtual environment, torch first if it is not there
+	rm -rf build/lib*
+	$(BIN)/pip install --quiet '.[$(EXTRAS)]'
+	cd $(BIN) && ./gi-kernels doctor
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install '$(TORCH)'
+
+lint:  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types:  ## mypy
+	$(BIN)/mypy
+
+ctest:  ## the C++ unit test of the shared maths, without torch
+	$(BIN)/pip install --quiet cmake ninja
+	cmake -S . -B build/ctest -G Ninja -DGI_PYTHON= > build/ctest.log || { cat build/ctest.log; exit 1; }
+	cmake --build build/ctest --target gi_maths_test
+	ctest --test-dir build/ctest --output-on-failure
+
+unit:  ## all tests on the installed package
+	$(PYTEST) tests
+
+variants:  ## values and gradients again on the variants for older machines
+	for v in portable avx2; do GI_KERNELS_CPU_CAPABILITY=$$v $(PYTEST) -q $(VALUES); done
+
+# Address and undefined-behaviour sanitizers, in a copy of the package beside the installed one.
+SANITIZED := $(CURDIR)/build/sanitized
+SANITIZER_LIBRARIES = $(foreach l,libasan.so libubsan.so libstdc++.so.6,$(shell $${CXX:-c++} -print-file-name=$(l)))
+UNDER_SANITIZERS = env LD_PRELOAD="$(SANITIZER_LIBRARIES)" PYTHONPATH=$(SANITIZED) GI_KERNELS_TEST_SANITIZED=1 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/pytest -p no:cacheprovider -q
+# Compilers would be run under the sanitizers too; heaps are poisoned already.
+NOT_SANITIZED := --ignore tests/contract/test_compilers.py --deselect \
+	tests/contract/test_runtime.py::test_nothing_depends_on_fresh_memory
+build_sanitized = rm -rf build/lib* $(SANITIZED) && GI_KERNELS_SANITIZE=1 GI_KERNELS_CPP=1 \
+	$(1) $(BIN)/pip install --quiet --no-deps --target $(SANITIZED) .
+
+sanitize:  ## the contract suite under the sanitizers, every variant
+	$(call build_sanitized,)
+	$(UNDER_SANITIZERS) tests/contract $(NOT_SANITIZED)
+	for v in portable avx2; do GI_KERNELS_CPU_CAPABILITY=$$v $(UNDER_SANITIZERS) $(VALUES) tests/contract/test_layouts.py; done
+
+sanitize-short:  ## values and gradients under the sanitizers, portable variant
+	$(call build_sanitized,GI_KERNELS_PORTABLE=1)
+	$(UNDER_SANITIZERS) $(VALUES)
+
+mutants:  ## seeded faults in the kernels: each must be caught
+	$(BIN)/pip install --quiet cmake ninja pybind11
+	$(BIN)/python tests/mutants/run.py
+
+install-ladder:  ## installing with and without compiler, kernels, torch: about ten minutes
+	$(PYTEST) tests/test_install.py --slow
+
+bench:  ## benchmarks, their table and plot
+	$(BIN)/pytest benchmarks --benchmark-only
+	$(BIN)/python -m benchmarks.report
+
+readme:  ## the generated tables of README.md
+	$(BIN)/python -m gi_kernels.testing.tables README.md
+
+doctor:  ## what is installed, and how to mend it
+	cd $(BIN) && ./gi-kernels doctor
+
+clean:  ## remove what was built; keeps the virtual environment
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf gi_kernels/lib gi_kernels/_C.*.so gi_kernels/build_failure.txt
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
