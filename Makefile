@@ -45,7 +45,6 @@ types:  ## mypy
 	$(BIN)/mypy
 
 ctest:  ## the C++ unit test of the shared maths, without torch
-	$(BIN)/pip install --quiet cmake ninja
 	cmake -S . -B build/ctest -G Ninja -DGI_PYTHON= > build/ctest.log || { cat build/ctest.log; exit 1; }
 	cmake --build build/ctest --target gi_maths_test
 	ctest --test-dir build/ctest --output-on-failure
@@ -77,11 +76,10 @@ sanitize-short:  ## values and gradients under the sanitizers, portable variant
 	$(call build_sanitized,GI_KERNELS_PORTABLE=1)
 	$(UNDER_SANITIZERS) $(VALUES)
 
-mutants:  ## seeded faults in the kernels: each must be caught
-	$(BIN)/pip install --quiet cmake ninja pybind11
+mutants: install  ## seeded faults in the kernels: each must be caught
 	$(BIN)/python tests/mutants/run.py
 
-install-ladder:  ## installing with and without compiler, kernels, torch: about ten minutes
+install-ladder: install  ## installing with and without compiler, kernels, torch: about ten minutes
 	$(PYTEST) tests/test_install.py --slow
 
 bench:  ## benchmarks, their table and plot

@@ -20,7 +20,12 @@ import torch
 import gi_kernels
 from gi_kernels import dispatch, native
 
-REINSTALL = "pip install --force-reinstall --no-deps ."
+#: Builds the kernels anew: in the source tree if that is what runs, else by installing from it.
+REINSTALL = (
+    "python setup.py build_ext --inplace"
+    if (Path(gi_kernels.__file__).parents[1] / "setup.py").exists()
+    else "pip install --force-reinstall --no-deps ."
+)
 #: Versions of torch that the package is made for: at least the first, below the second.
 TORCH_FROM, TORCH_BELOW = (2, 11), (2, 16)
 
@@ -131,8 +136,7 @@ def _judge_kernels(report: Report) -> None:
             report.notes.append("this build checks every memory access and is slow")
         return
     if receipt["built"]:
-        mend = REINSTALL + ("" if receipt["torch"] != torch.__version__ else "  (-v shows the build)")
-        report.problems.append(Problem(native.PROBLEM, mend))
+        report.problems.append(Problem(native.PROBLEM, REINSTALL))
         return
     reason = receipt["reason"]
     if "GI_KERNELS_CPP=0" in reason:
@@ -151,7 +155,7 @@ def _mend_build(reason: str) -> str:
     if "torch" in reason and "failed" not in reason:
         return f"pip install torch, then {REINSTALL}"
     if "failed" in reason:
-        return f"{REINSTALL} -v  (shows the compiler's messages)"
+        return "pip install -v --force-reinstall --no-deps .  (shows the compiler's messages)"
     if others:  # the receipt could not be imported, though there is one
         return f"{REINSTALL}  (there is {', '.join(others)}, of another Python)"
     return f"{REINSTALL}  (this folder holds sources that were never built)"

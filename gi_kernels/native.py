@@ -58,6 +58,9 @@ def register(
     Does nothing where the kernels are missing. An operator without ``backward`` raises when a
     gradient is asked of it, rather than returning none in silence.
     """
+    global PROBLEM
+    if PROBLEM is None and not hasattr(torch.ops.gi, name):
+        PROBLEM = f"the C++ kernels were built from other sources, without gi::{name}; reinstall gi-kernels"
     if PROBLEM is not None:
         return
     torch.library.register_fake(f"gi::{name}", fake)

@@ -1,0 +1,240 @@
+"""Seeded faults in the CPU kernels: each must be caught by the tests named with it.
+
+A mutant replaces one piece of text, which must occur exactly once in its file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VALUES = "tests/contract/test_values.py"
+LAYOUTS = "tests/contract/test_layouts.py"
+POSITIONS = "tests/contract/test_positions.py"
+RUNTIME = "tests/contract/test_runtime.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: ``old`` becomes ``new`` in ``csrc/file``; ``tests`` that match ``select`` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    select: str
+    tests: tuple[str, ...] = (VALUES,)
+
+
+MUTANTS = (
+    # ---- shared maths: flow_warp stands for every operator that uses it ----
+    Mutant(
+        "axes of the tap weights swapped",
+        "common/bilinear.h",
+        "return ((k & 1) ? fx : 1 - fx) * ((k & 2) ? fy : 1 - fy);",
+        "return ((k & 1) ? fy : 1 - fy) * ((k & 2) ? fx : 1 - fx);",
+        "flow_warp",
+    ),
+    Mutant(
+        "last row of taps lost",
+        "common/bilinear.h",
+        "bottom = t.y0 + 1 < height;",
+        "bottom = t.y0 + 2 < height;",
+        "flow_warp",
+    ),
+    Mutant(
+        "positions just left of the frame dropped",
+        "common/bilinear.h",
+        "if (!(x >= -1 && x < width",
+        "if (!(x >= 0 && x < width",
+        "flow_warp",
+    ),
+    Mutant(
+        "truncation instead of floor",
+        "common/bilinear.h",
+        "if (A(t.y0) > y) --t.y0;",
+        "",
+        "flow_warp",
+    ),
+    Mutant(
+        "derivative of the weights along y negated",
+        "common/bilinear.h",
+        "return ((k & 2) ? A(1) : A(-1)) * ((k & 1) ? fx : 1 - fx);",
+        "return ((k & 2) ? A(-1) : A(1)) * ((k & 1) ? fx : 1 - fx);",
+        "flow_warp",
+    ),
+    Mutant(
+        "resize without align_corners",
+        "common/bilinear.h",
+        "A(from_ - 1) / A(to - 1)",
+        "A(from_) / A(to)",
+        "flow_warp",
+    ),
+    Mutant(
+        "resized flow scaled with the other axis",
+        "common/bilinear.h",
+        "u *= scale_x;",
+        "u *= scale_y;",
+        "flow_warp",
+    ),
+    Mutant(
+        "tap dropped in the gather",
+        "common/gather.h",
+        " +\n         load<A>(t.row[2] + c) * t.weight[2] + load<A>(t.row[3] + c) * t.weight[3];",
+        " +\n         load<A>(t.row[2] + c) * t.weight[2];",
+        "flow_warp",
+    ),
+    Mutant(
+        "gradient block not zero-initialised",
+        "common/gather.h",
+        "    std::memset(memory, 0, H * W * stride * sizeof(A));\n",
+        "",
+        "flow_warp",
+    ),
+    Mutant(
+        "partial gradients of the flow overwritten instead of summed",
+        "common/gather.h",
+        "g += from[part * part_stride];",
+        "g = from[part * part_stride];",
+        "flow_warp",
+    ),
+    Mutant(
+        "tap dropped in the gradient of the resize",
+        "common/gather.h",
+        "        target[i64(y1) * w + x0] += fy * (1 - fx) * g;\n",
+        "",
+        "flow_warp",
+    ),
+    Mutant(
+        "32-bit batch offset",
+        "common/gather.h",
+        "return {static_cast<T*>(a.data) + b * a.stride[0] + c * a.stride[1], a.stride[1]",
+        "return {static_cast<T*>(a.data) + int(b) * int(a.stride[0]) + c * a.stride[1], a.stride[1]",
+        "flow_warp and beyond_32",
+        (RUNTIME,),
+    ),
+    Mutant(
+        "bfloat16 truncated instead of rounded",
+        "common/simd.h",
+        "const WordBits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;",
+        "const WordBits rounded = u >> 16;",
+        "flow_warp",
+    ),
+    # ---- flow_warp ----
+    Mutant(
+        "input gradient overwritten instead of accumulated",
+        "flow_warp/cpu.cpp",
+        "store<A>(row + c, load<A>(row + c) + load<A>(g + c) * weight);",
+        "store<A>(row + c, load<A>(g + c) * weight);",
+        "flow_warp",
+    ),
+    Mutant(
+        "every item warped along the first flow",
+        "flow_warp/cpu.cpp",
+        "static_cast<const A*>(flow) + b * 2 * h * w",
+        "static_cast<const A*>(flow) + 0 * b * 2 * h * w",
+        "flow_warp",
+    ),
+    Mutant(
+        "last, partial band of rows left out",
+        "flow_warp/cpu.cpp",
+        "(H + kBandRows - 1) / kBandRows",
+        "H / kBandRows",
+        "flow_warp",
+        (LAYOUTS,),
+    ),
+    Mutant(
+        "channel blocks start one channel late",
+        "flow_warp/cpu.cpp",
+        "const i64 c0 = block * s.channels, channels",
+        "const i64 c0 = block * (s.channels + (block > 0)), channels",
+        "flow_warp",
+    ),
+    # ---- deformable_aggregation ----
+    Mutant(
+        "softmax over references without their largest key",
+        "deformable_aggregation/cpu.cpp",
+        "for (i64 t = 1; t < T; ++t) top = vmax<A>(k[t], top);",
+        "",
+        "deformable_aggregation",
+        ("tests/contract",),
+    ),
+    Mutant(
+        "error weight of the keys used for the values",
+        "deformable_aggregation/cpu.cpp",
+        "return gather<A, S>(r.values, c) + load<A>(w.value_error + c) * r.error;",
+        "return gather<A, S>(r.values, c) + load<A>(w.key_error + c) * r.error;",
+        "deformable_aggregation",
+    ),
+    Mutant(
+        "mean missing from the softmax's gradient",
+        "deformable_aggregation/cpu.cpp",
+        "gv * (memory.v[t] - mean);",
+        "gv * memory.v[t];",
+        "deformable_aggregation",
+    ),
+    Mutant(
+        "flow of another reference",
+        "deformable_aggregation/cpu.cpp",
+        "static_cast<const A*>(a.flows) + (b * T + t) * 2",
+        "static_cast<const A*>(a.flows) + (b + t) * 2",
+        "deformable_aggregation",
+    ),
+    Mutant(
+        "bias gradient not accumulated over pixels",
+        "deformable_aggregation/cpu.cpp",
+        "load<A>(weight_sums + 2 * weight_stride + c) + g);",
+        "g);",
+        "deformable_aggregation",
+    ),
+    # ---- flow_consistency, complete_flow, convex_upsample ----
+    Mutant(
+        "flow components swapped in the position",
+        "flow_consistency/cpu.cpp",
+        "bilinear_taps<A>(A(x) + u[0], A(y) + u[1]",
+        "bilinear_taps<A>(A(x) + u[1], A(y) + u[0]",
+        "flow_consistency",
+    ),
+    Mutant(
+        "wrong power of the distance",
+        "complete_flow/cpu.cpp",
+        "1 / (squared * squared * squared)",
+        "1 / (squared * squared)",
+        "complete_flow",
+    ),
+    Mutant(
+        "a side of the rim's cross forgotten",
+        "complete_flow/cpu.cpp",
+        "outside(m[-mask.sy]) || outside(m[mask.sy])",
+        "outside(m[-mask.sy])",
+        "complete_flow",
+    ),
+    Mutant(
+        "neighbours transposed",
+        "convex_upsample/cpu.cpp",
+        "const i64 row = y + k / 3 - 1, column = x + k % 3 - 1;",
+        "const i64 row = y + k % 3 - 1, column = x + k / 3 - 1;",
+        "convex_upsample",
+    ),
+    Mutant(
+        "one neighbour missing from the flow's gradient",
+        "convex_upsample/cpu.cpp",
+        "        for (int k = 0; k < kNeighbours; ++k) {\n          const i64 row = y - (k / 3 - 1)",
+        "        for (int k = 1; k < kNeighbours; ++k) {\n          const i64 row = y - (k / 3 - 1)",
+        "convex_upsample",
+    ),
+    # ---- global_attention ----
+    Mutant(
+        "segments merged without their common sum",
+        "global_attention/cpu.cpp",
+        "weight[s] /= sum;",
+        "weight[s] /= 1;",
+        "global_attention",
+    ),
+    Mutant(
+        "log-sum-exp without its maximum",
+        "global_attention/cpu.cpp",
+        "= top + __builtin_log(sum);",
+        "= __builtin_log(sum);",
+        "global_attention",
+    ),
+)
