@@ -1,0 +1,1 @@
+"""Keyframe propagation on the kernels of ``gi_kernels``."""

@@ -1,0 +1,70 @@
+"""The first run: hides a moving region of the bundled clip, repairs it, and measures the result."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gi_model.video import FrameSource
+
+CLIP = Path(__file__).parent / "assets" / "city.mp4"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m gi_model.demo``: the command's exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", default="demo-output", metavar="FOLDER", help="where to write")
+    folder = Path(parser.parse_args(arguments).output)
+
+    from gi_model import cli
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        harm(CLIP, folder)
+    except ModuleNotFoundError as error:
+        print(f"demo: {error.name} is not installed; `pip install 'gi-kernels[video]'`", file=sys.stderr)
+        return cli.FAILED
+    command = ["propagate", str(folder / "masked.mkv"), "--masks", str(folder / "masks")]
+    command += ["--truth", str(CLIP), "-o", str(folder / "repaired.mp4")]
+    print("gi-model", *command)
+    return cli.main(command)
+
+
+def harm(clip: Path, folder: Path) -> None:
+    """Write ``masked.mkv`` (the region black, the rest exact) and ``masks/`` for ``clip``."""
+    import numpy as np
+
+    from gi_model.video import FrameSource, FrameWriter
+
+    frames = FrameSource(clip, "clip")
+    video = FrameWriter(folder / "masked.mkv", frames.rate, lossless=True)
+    masks = FrameWriter(folder / "masks")
+    with video, masks:
+        for frame, mask in zip(frames, moving_masks(frames), strict=False):
+            video.write(np.where(mask[..., None], 0, frame).astype(np.uint8))
+            masks.write(np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255)
+
+
+def moving_masks(frames: FrameSource) -> Iterator[np.ndarray]:
+    """A blob of about 7 % of the frame that swings across it and changes its shape."""
+    import numpy as np
+
+    height, width = next(iter(frames)).shape[:2]
+    y, x = np.mgrid[:height, :width]
+    for i in range(frames.count):
+        t = i / max(1, frames.count - 1)
+        centre_x = width * (0.5 - 0.3 * np.cos(2.5 * np.pi * t + 0.6))
+        centre_y = height * (0.5 + 0.2 * np.sin(3 * np.pi * t))
+        angle = np.arctan2(y - centre_y, x - centre_x)
+        radius = height * (0.19 + 0.03 * np.sin(3 * angle + 9 * t) + 0.02 * np.cos(5 * angle - 7 * t))
+        yield np.hypot((x - centre_x) / 1.15, y - centre_y) < radius
+
+
+if __name__ == "__main__":
+    sys.exit(main())
