@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import av
 import cv2
@@ -192,7 +193,7 @@ class FrameWriter:
 
     def _add_stream(self, width: int, height: int) -> av.VideoStream:
         assert self.container is not None and self.codec is not None
-        stream = self.container.add_stream(self.codec, rate=self.rate)
+        stream = cast(av.VideoStream, self.container.add_stream(self.codec, rate=self.rate))
         stream.width, stream.height = width, height
         if self.codec == "ffv1":
             stream.pix_fmt = "bgr0"

@@ -13,7 +13,7 @@ class DISFlow:
     SMALLEST = 32
 
     def __init__(self, preset: int = cv2.DISOPTICAL_FLOW_PRESET_MEDIUM) -> None:
-        self._dis = cv2.DISOpticalFlow_create(preset)
+        self._dis = cv2.DISOpticalFlow.create(preset)
 
     def __call__(self, image1: np.ndarray, image2: np.ndarray) -> np.ndarray:
         """Flow ``[2,H,W]`` in pixels, x first, from ``image1`` to ``image2`` (``[H,W,3]`` uint8)."""
@@ -23,5 +23,5 @@ class DISFlow:
             cv2.copyMakeBorder(cv2.cvtColor(i, cv2.COLOR_RGB2GRAY), 0, bottom, 0, right, cv2.BORDER_REPLICATE)
             for i in (image1, image2)
         ]
-        flow = self._dis.calc(gray[0], gray[1], None)[:height, :width]
+        flow = self._dis.calc(gray[0], gray[1], None)[:height, :width]  # type: ignore[call-overload]
         return np.ascontiguousarray(flow.transpose(2, 0, 1))
