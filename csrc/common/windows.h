@@ -17,6 +17,9 @@ constexpr i64 kStagedPieceWidth = 64;
 constexpr i64 kWindowSlabBytes = i64(256) << 10;
 constexpr i64 kWindowSlabChannels = 256;
 
+// Pixels that are summed into one number before it is added to the total.
+constexpr i64 kSumPixels = 256;
+
 // A piece of work: `count` windows side by side in one row of windows.
 struct WindowPiece {
   i64 b, first, count;  // image; row-major index of the first window
@@ -227,7 +230,7 @@ inline void pool_tile(const Block<S>& in, i64 height, i64 width, const Block<con
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[m][v] = add ? load<A>(out + m * out_stride + v * L) : Vec<A>{};
+    for (int v = 0; v < V; ++v) sum[m][v] = Vec<A>{};
   for (i64 y = 0; y < height; ++y)
     for (i64 x = 0; x < width; ++x) {
       const S* pixel = in.at(y, x);
@@ -243,7 +246,10 @@ inline void pool_tile(const Block<S>& in, i64 height, i64 width, const Block<con
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store<A>(out + m * out_stride + v * L, sum[m][v]);
+    for (int v = 0; v < V; ++v) {
+      A* at = out + m * out_stride + v * L;
+      store<A>(at, add ? load<A>(at) + sum[m][v] : sum[m][v]);
+    }
 }
 
 // out[h][c] = sum over pixels p of weights[p][h] * in[p][c]; added to what is there if `add`.
@@ -251,13 +257,17 @@ template <class A, class S>
 inline void pool_window(const Block<S>& in, i64 height, i64 width, const Block<const A>& weights, i64 heads,
                         i64 channels, A* out, i64 out_stride, bool add) {
   constexpr i64 L = kLanes<A>;
-  in_steps<2>(0, (channels + L - 1) / L, [&](i64 block, auto V) {
-    const Block<S> part{in.data + block * L, in.sy, in.sx};
-    in_steps<kTileHeads>(0, heads, [&](i64 h, auto M) {
-      pool_tile<A, S, M(), V()>(part, height, width, {weights.data + h, weights.sy, weights.sx},
-                                out + h * out_stride + block * L, out_stride, add);
+  // Summing parts of a large window apart keeps the rounding errors of long sums small.
+  const i64 step = maximum<i64>(1, kSumPixels / width);
+  for (i64 y = 0; y < height; y += step)
+    in_steps<2>(0, (channels + L - 1) / L, [&](i64 block, auto V) {
+      const Block<S> part{in.at(y, 0) + block * L, in.sy, in.sx};
+      in_steps<kTileHeads>(0, heads, [&](i64 h, auto M) {
+        pool_tile<A, S, M(), V()>(part, minimum(step, height - y), width,
+                                  {weights.at(y, 0) + h, weights.sy, weights.sx},
+                                  out + h * out_stride + block * L, out_stride, add || y > 0);
+      });
     });
-  });
 }
 
 template <class A, class O, int M, int V>

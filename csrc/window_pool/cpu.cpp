@@ -12,13 +12,16 @@ void softmax(const Block<A>& logits, i64 height, i64 width, i64 heads) {
     for (i64 y = 0; y < height; ++y)
       for (i64 x = 0; x < width; ++x) top = vmax<A>(top, load<A>(logits.at(y, x) + h));
     Vec<A> sum{};
-    for (i64 y = 0; y < height; ++y)
+    for (i64 y = 0; y < height; ++y) {
+      Vec<A> row{};
       for (i64 x = 0; x < width; ++x) {
         A* at = logits.at(y, x) + h;
         const Vec<A> e = vexp<A>(load<A>(at) - top);
         store<A>(at, e);
-        sum += e;
+        row += e;
       }
+      sum += row;
+    }
     const Vec<A> scale = A(1) / sum;
     for (i64 y = 0; y < height; ++y)
       for (i64 x = 0; x < width; ++x) {
@@ -33,8 +36,11 @@ template <class A>
 void softmax_backward(const Block<A>& weights, const Block<A>& grad, i64 height, i64 width, i64 heads) {
   for (i64 h = 0; h < heads; h += kLanes<A>) {
     Vec<A> mean{};
-    for (i64 y = 0; y < height; ++y)
-      for (i64 x = 0; x < width; ++x) mean += load<A>(weights.at(y, x) + h) * load<A>(grad.at(y, x) + h);
+    for (i64 y = 0; y < height; ++y) {
+      Vec<A> row{};
+      for (i64 x = 0; x < width; ++x) row += load<A>(weights.at(y, x) + h) * load<A>(grad.at(y, x) + h);
+      mean += row;
+    }
     for (i64 y = 0; y < height; ++y)
       for (i64 x = 0; x < width; ++x) {
         A* at = grad.at(y, x) + h;
