@@ -108,6 +108,8 @@ class OperatorSpec:
     deterministic: bool = True
     #: Whether autocast casts the storage arguments to its dtype; others are never cast.
     autocast: bool = False
+    #: Whether results on the way take the storage dtype too, which its rounding then limits.
+    stores_intermediates: bool = False
     #: Arguments that hold flows or coordinates, and the argument that each of them samples.
     positions: Mapping[str, str] = field(default_factory=dict)
     #: Largest error allowed against the float64 reference, relative to its largest magnitude.

@@ -127,6 +127,7 @@ SPEC = OperatorSpec(
         ),
     ),
     autocast=True,
+    stores_intermediates=True,  # the volumes
     positions={"coords": "features2"},
     differentiable=("features1", "features2", "coords"),
     flops=_flops,
