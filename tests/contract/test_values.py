@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import Case, cases, first
 
 from gi_kernels.checks import FLOATING
+from gi_kernels.spec import Argument
 from gi_kernels.testing import errors
-from gi_kernels.testing.calls import tensors
+from gi_kernels.testing.calls import map_tensors, tensors
 
 DTYPES = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d).split(".")[1])
 
@@ -50,3 +53,15 @@ def test_gradients_have_the_arguments_dtype_and_shape(case: Case, dtype: torch.d
         if path in outcome.gradients:
             assert outcome.gradients[path].dtype == tensor.dtype, path
             assert outcome.gradients[path].shape == tensor.shape, path
+
+
+@cases(first(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_large_numbers(case: Case, dtype: torch.dtype) -> None:
+    """Exponentials of large logits do not overflow; they round in proportion to the logits."""
+    arguments, factor = case.sample.make(dtype), 50 if dtype == torch.float32 else 500
+    for name, declared in case.sample.arguments.items():
+        first_part = declared[0] if isinstance(declared, list) else declared
+        if isinstance(first_part, Argument) and first_part.storage and first_part.draw == "normal":
+            arguments |= map_tensors(lambda _, t: t * factor, {name: arguments[name]})
+    replace(case, sample=replace(case.sample, condition=100 * case.sample.condition)).check(arguments)

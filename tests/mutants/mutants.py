@@ -156,7 +156,6 @@ MUTANTS = (
         "for (i64 t = 1; t < T; ++t) top = vmax<A>(k[t], top);",
         "",
         "deformable_aggregation",
-        ("tests/contract",),
     ),
     Mutant(
         "error weight of the keys used for the values",

@@ -54,6 +54,7 @@ SPEC = OperatorSpec(
         _sample("one_reference", (1, 1, 17, 5, 6), (5, 6), 2.0),
         _sample("four_references", (1, 4, 16, 6, 5), (24, 20), 8.0),
         _sample("five_references", (1, 5, 3, 4, 5), (8, 10), 4.0),
+        _sample("many_channels", (1, 2, 1040, 3, 4), (6, 8), 2.0),
         _sample("error_size_differs", (1, 2, 4, 5, 6), (5, 6), 2.0, error=(3, 4)),
         _sample("far", (1, 2, 3, 6, 6), (12, 12), 60.0),
         _sample("one_pixel", (2, 2, 3, 1, 1), (1, 1), 0.5),

@@ -38,6 +38,7 @@ SPEC = OperatorSpec(
         _sample("resized", (2, 5, 9, 11), (18, 33), 6.0),
         _sample("same_size", (1, 17, 8, 10), (8, 10), 2.0),
         _sample("enlarged", (1, 32, 7, 9), (3, 4), 1.0),
+        _sample("many_channels", (1, 1040, 3, 4), (6, 8), 2.0),
         _sample("far", (1, 3, 8, 8), (16, 16), 60.0),
         _sample("one_channel", (2, 1, 5, 6), (5, 6), 2.0),
         _sample("one_pixel", (2, 3, 1, 1), (1, 1), 0.5),
