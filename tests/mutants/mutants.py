@@ -236,4 +236,47 @@ MUTANTS = (
         "= __builtin_log(sum);",
         "global_attention",
     ),
+    # ---- window_pool, window_spread ----
+    Mutant(
+        "rows of windows counted as columns",
+        "common/windows.h",
+        "return {item / pieces / rows, row * columns + column, count,",
+        "return {item / pieces / rows, row * rows + column, count,",
+        "window_pool",
+    ),
+    Mutant(
+        "dot products of heads not zero-initialised",
+        "common/windows.h",
+        "  if (slab.data) std::memset(slab.data, 0, height * slab.sy * sizeof(A));\n",
+        "",
+        "window_spread",
+    ),
+    Mutant(
+        "softmax of a window without its largest logit",
+        "window_pool/cpu.cpp",
+        "top = vmax<A>(top, load<A>(logits.at(y, x) + h));",
+        "top = load<A>(logits.at(y, x) + h);",
+        "window_pool",
+    ),
+    Mutant(
+        "mean missing from the gradient of the window's softmax",
+        "window_pool/cpu.cpp",
+        "(load<A>(at) - mean));",
+        "load<A>(at));",
+        "window_pool",
+    ),
+    Mutant(
+        "every step of rows overwrites the window's sum",
+        "window_pool/cpu.cpp",
+        "sums.head, y0 > 0);",
+        "sums.head, false);",
+        "window_pool",
+    ),
+    Mutant(
+        "derivative of the sigmoid without its complement",
+        "window_spread/cpu.cpp",
+        "(gate * (A(1) - gate))",
+        "gate",
+        "window_spread",
+    ),
 )
