@@ -11,6 +11,10 @@ TORCH_LIBRARY(gi, m) {
   m.def("global_attention_backward(Tensor grad, Tensor query, Tensor[] keys, Tensor[] values, Tensor output, Tensor log_sum) -> (Tensor, Tensor[], Tensor[])");
   m.def("flow_consistency(Tensor flow, Tensor flow_backward) -> Tensor");
   m.def("complete_flow(Tensor flow, Tensor mask) -> Tensor");
+  m.def("correlation_lookup(Tensor[] volumes, Tensor coords, int radius) -> Tensor");
+  m.def("correlation_lookup_backward(Tensor grad, Tensor[] volumes, Tensor coords, int radius, bool need_volumes, bool need_coords) -> (Tensor[], Tensor)");
+  m.def("correlation_lookup_on_demand(Tensor features1, Tensor[] features2, Tensor coords, int radius) -> Tensor");
+  m.def("correlation_lookup_on_demand_backward(Tensor grad, Tensor features1, Tensor[] features2, Tensor coords, int radius, bool need_features1, bool need_features2, bool need_coords) -> (Tensor, Tensor[], Tensor)");
   m.def("convex_upsample(Tensor flow, Tensor mask) -> Tensor");
   m.def("convex_upsample_backward(Tensor grad, Tensor flow, Tensor mask, bool need_flow, bool need_mask) -> (Tensor, Tensor)");
   m.def("window_pool(Tensor logits, Tensor features, int rows, int columns) -> Tensor");

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from gi_kernels import checks, dispatch
+from gi_kernels import checks, dispatch, native
 from gi_kernels.ops.correlation_lookup import reference
 from gi_kernels.precision import accumulation_dtype, autocast
 
@@ -123,5 +123,102 @@ class CorrelationPyramid:
         return dispatch.run(ON_DEMAND, self.features1, self.pyramid, coords, self.radius)
 
 
-DENSE = dispatch.Operator("correlation_lookup", {"reference": reference.lookup})
-ON_DEMAND = dispatch.Operator("correlation_lookup_on_demand", {"reference": reference.lookup_on_demand})
+def _cpp(volumes: Sequence[torch.Tensor], coords: torch.Tensor, radius: int) -> torch.Tensor:
+    return torch.ops.gi.correlation_lookup(volumes, coords, radius)
+
+
+def _cpp_on_demand(
+    features1: torch.Tensor, features2: Sequence[torch.Tensor], coords: torch.Tensor, radius: int
+) -> torch.Tensor:
+    return torch.ops.gi.correlation_lookup_on_demand(features1, features2, coords, radius)
+
+
+DENSE = dispatch.Operator("correlation_lookup", {"cpp": _cpp, "reference": reference.lookup})
+ON_DEMAND = dispatch.Operator(
+    "correlation_lookup_on_demand", {"cpp": _cpp_on_demand, "reference": reference.lookup_on_demand}
+)
+
+
+def _empty_output(like, levels, coords, radius):
+    B, _, H1, W1 = coords.shape
+    shape = (B, levels * (2 * radius + 1) ** 2, H1, W1)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _fake(volumes, coords, radius):
+    return _empty_output(volumes[0], len(volumes), coords, radius)
+
+
+def _fake_backward(grad, volumes, coords, radius, need_volumes, need_coords):
+    return (
+        [v.new_empty(v.shape if need_volumes else 0) for v in volumes],
+        coords.new_empty(coords.shape if need_coords else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    volumes, coords, ctx.radius = inputs
+    ctx.save_for_backward(coords, *volumes)
+
+
+def _backward(ctx, grad):
+    coords, *volumes = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    need_volumes, need_coords = _any(needs[0]), needs[1]
+    grad_volumes, grad_coords = torch.ops.gi.correlation_lookup_backward(
+        grad, volumes, coords, ctx.radius, need_volumes, need_coords
+    )
+    return (
+        grad_volumes if need_volumes else [None] * len(volumes),
+        grad_coords if need_coords else None,
+        None,
+    )
+
+
+native.register("correlation_lookup", _fake, _setup_context, _backward)
+native.register("correlation_lookup_backward", _fake_backward)
+
+
+def _fake_on_demand(features1, features2, coords, radius):
+    return _empty_output(features1, len(features2), coords, radius)
+
+
+def _fake_on_demand_backward(
+    grad, features1, features2, coords, radius, need_features1, need_features2, need_coords
+):
+    return (
+        torch.empty_like(features1) if need_features1 else features1.new_empty(0),
+        [torch.empty_like(f) if need_features2 else f.new_empty(0) for f in features2],
+        coords.new_empty(coords.shape if need_coords else 0),
+    )
+
+
+def _setup_context_on_demand(ctx, inputs, output):
+    features1, features2, coords, ctx.radius = inputs
+    ctx.save_for_backward(features1, coords, *features2)
+
+
+def _backward_on_demand(ctx, grad):
+    features1, coords, *features2 = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    need_features1, need_features2, need_coords = needs[0], _any(needs[1]), needs[2]
+    grad_features1, grad_features2, grad_coords = torch.ops.gi.correlation_lookup_on_demand_backward(
+        grad, features1, features2, coords, ctx.radius, need_features1, need_features2, need_coords
+    )
+    return (
+        grad_features1 if need_features1 else None,
+        grad_features2 if need_features2 else [None] * len(features2),
+        grad_coords if need_coords else None,
+        None,
+    )
+
+
+def _any(needs: bool | Sequence[bool]) -> bool:
+    """Whether a list argument needs a gradient: autograd says so for each of its tensors."""
+    return needs if isinstance(needs, bool) else any(needs)
+
+
+native.register(
+    "correlation_lookup_on_demand", _fake_on_demand, _setup_context_on_demand, _backward_on_demand
+)
+native.register("correlation_lookup_on_demand_backward", _fake_on_demand_backward)
