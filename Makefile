@@ -29,13 +29,13 @@ test: install lint types ctest unit variants sanitize-short  ## everything that 
 	@echo "make test: passed"
 
 install: $(BIN)/python  ## this package into the virtual environment, torch first if it is not there
+	$(BIN)/pip show --quiet torch 2>/dev/null || $(BIN)/pip install '$(TORCH)'
 	rm -rf build/lib*
 	$(BIN)/pip install --quiet '.[$(EXTRAS)]'
 	cd $(BIN) && ./gi-kernels doctor
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install '$(TORCH)'
 
 lint:  ## ruff: rules and format
 	$(BIN)/ruff check .
