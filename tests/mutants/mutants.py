@@ -279,4 +279,26 @@ MUTANTS = (
         "gate",
         "window_spread",
     ),
+    # ---- correlation_lookup ----
+    Mutant(
+        "levels scaled by their number instead of its power of two",
+        "correlation_lookup/cpu.cpp",
+        "const A scale = A(1) / A(i64(1) << level);\n    return place_of",
+        "const A scale = A(1) / A(i64(1) + level);\n    return place_of",
+        "correlation_lookup",
+    ),
+    Mutant(
+        "window blended down with the fraction across",
+        "correlation_lookup/cpu.cpp",
+        "block[k] = (1 - p.fy) * above + p.fy * below;",
+        "block[k] = (1 - p.fx) * above + p.fx * below;",
+        "correlation_lookup",
+    ),
+    Mutant(
+        "first column of the map left out of the windows",
+        "correlation_lookup/cpu.cpp",
+        "p.i0 = maximum<i64>(0, -p.x);",
+        "p.i0 = maximum<i64>(0, 1 - p.x);",
+        "correlation_lookup",
+    ),
 )
