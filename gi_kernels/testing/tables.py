@@ -12,7 +12,7 @@ from pathlib import Path
 from gi_kernels import dispatch
 from gi_kernels.spec import OperatorSpec, all_specs
 
-BEGIN, END = "<!-- operators: begin -->", "<!-- operators: end -->"
+BEGIN, END = "<!-- operators:begin -->", "<!-- operators:end -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
