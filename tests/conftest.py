@@ -33,16 +33,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--slow`` runs the tests that build the package."""
-    parser.addoption("--slow", action="store_true", help="also run tests marked slow: they build the package")
+    """``--slow`` runs the tests that build the package or need much memory."""
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what takes minutes, and say so."""
     if not config.getoption("--slow"):
         for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes minutes: --slow, or make install-ladder"))
+            marker = item.get_closest_marker("slow")
+            if marker:
+                why = marker.kwargs.get("reason", "takes minutes: --slow, or make install-ladder")
+                item.add_marker(pytest.mark.skip(reason=why))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -316,6 +316,7 @@ void backward_typed(const DeformableBackward& back, i64 begin, i64 end) {
           for (i64 t = 0; t < frames; ++t) {
             A gx = 0, gy = 0;
             for (int i = 0; i < 4; ++i) {
+              if (!tap[t].inside[i]) continue;  // not zero where the gradient is NaN
               const A d = sum_lanes<A>(memory.sums[t].tap[i]);
               gx += d * tap[t].weight_dx(i);
               gy += d * tap[t].weight_dy(i);

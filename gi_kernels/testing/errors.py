@@ -27,6 +27,7 @@ def check(
     raw: Outcome | None = None,
     condition: float = 1.0,
     independent: bool = True,
+    cancelling: bool = False,
 ) -> None:
     """Raise ``AssertionError`` unless ``actual`` keeps the operator's accuracy rule.
 
@@ -35,14 +36,16 @@ def check(
     the same low precision: at most twice its error, the largest and the root mean square one, but for
     one rounding of the result and float32 sums; and gradients that point the right way without bias.
     The last rules are for numbers that round independently: ``independent=False`` leaves only the
-    largest error.
+    largest error. With ``cancelling`` numbers, equal ones say, sums of large terms may be small: errors
+    are then relative to the largest magnitude in the result and all gradients.
     """
     reference = dict(expected.items())
     eager = dict(raw.items()) if raw is not None else {}
+    largest = max(magnitude(t) for t in reference.values())
     for name, tensor in actual.items():
         wanted = reference[name]
         assert tensor.shape == wanted.shape, f"{name}: shape {list(tensor.shape)}, not {list(wanted.shape)}"
-        error, scale = largest_error(tensor, wanted), magnitude(wanted)
+        error, scale = largest_error(tensor, wanted), largest if cancelling else magnitude(wanted)
         if raw is None:
             allowed = condition * spec.tolerance[tensor.dtype] * scale
         else:

@@ -42,7 +42,9 @@ class Case:
         """Result and gradients of the definition in float64."""
         return oracle(self.spec, arguments, actual.value.dtype, self.differentiable, **options)
 
-    def check(self, arguments: dict, independent: bool = True, **options) -> Outcome:
+    def check(
+        self, arguments: dict, independent: bool = True, cancelling: bool = False, **options
+    ) -> Outcome:
         """Run the case and hold it against the definition, by the rule for its dtype."""
         actual = self.run(arguments, **options)
         errors.check(
@@ -52,6 +54,7 @@ class Case:
             self.raw(arguments, **options),
             self.sample.condition,
             independent,
+            cancelling,
         )
         return actual
 

@@ -18,14 +18,16 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 @pytest.mark.parametrize("layout", NAMES)
 def test_arguments(case: Case, dtype: torch.dtype, layout: str) -> None:
     arguments = map_tensors(lambda _, t: LAYOUTS[layout](t), case.sample.make(dtype))
-    case.check(arguments, independent="expanded" not in layout)
+    equal = "expanded" in layout
+    case.check(arguments, independent=not equal, cancelling=equal)
 
 
 @cases(where=lambda spec: bool(spec.differentiable))
 @DTYPES
 @pytest.mark.parametrize("layout", NAMES)
 def test_incoming_gradient(case: Case, dtype: torch.dtype, layout: str) -> None:
-    case.check(case.sample.make(dtype), "expanded" not in layout, arrange=LAYOUTS[layout])
+    equal = "expanded" in layout
+    case.check(case.sample.make(dtype), independent=not equal, cancelling=equal, arrange=LAYOUTS[layout])
 
 
 @cases(where=lambda spec: bool(spec.differentiable))

@@ -148,8 +148,32 @@ def test_undefined_number_in_an_argument(case: Case, dtype: torch.dtype, poison:
         actual = case.run(poisoned)
         expected = case.expected(poisoned, actual)
         for (what, got), (_, wanted) in zip(actual.items(), expected.items(), strict=True):
-            assert torch.equal(got.isnan(), wanted.isnan()), f"{path}: NaN in {what}"
+            assert not torch.any(got.isnan() & ~wanted.isnan()), f"{path}: NaN in {what}"
+            if case.spec.propagates_nan:
+                assert torch.equal(got.isnan(), wanted.isnan()), f"{path}: no NaN in {what}"
         assert declared.storage
+
+
+@cases(first(99), where=lambda spec: bool(spec.differentiable))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_undefined_number_in_the_incoming_gradient(case: Case, dtype: torch.dtype) -> None:
+    """It reaches exactly the gradients that depend on it; a position's own even if it lies outside."""
+    arguments = case.sample.make(dtype)
+    poison = lambda gradient: _poison(gradient, NAN)  # noqa: E731
+    actual = case.run(arguments, arrange=poison)
+    expected = case.expected(arguments, actual, arrange=poison)
+    middle = torch.zeros(actual.value.shape, dtype=torch.bool)
+    middle.view(-1)[middle.numel() // 2] = True
+    own = middle.flatten(0, -3).any(dim=0)  # [H,W]: the pixel of the undefined number
+    for path, gradient in actual.gradients.items():
+        wanted = expected.gradients[path].isnan()
+        if path in case.spec.positions:
+            if gradient.shape[-2:] == own.shape:
+                assert not gradient[..., ~own].isnan().any(), path
+            continue
+        assert not torch.any(gradient.isnan() & ~wanted), path
+        if case.spec.propagates_nan:
+            assert torch.equal(gradient.isnan(), wanted), path
 
 
 def _storage(case: Case) -> list[tuple[str, Argument]]:

@@ -21,8 +21,6 @@ from gi_kernels.testing import errors
 from gi_kernels.testing.calls import Outcome, cotangent, map_tensors, tensors
 from gi_kernels.testing.layouts import channels_last
 
-SLOW = os.environ.get("GI_KERNELS_SLOW_TESTS") == "1"
-
 
 @cases(first(3))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
@@ -151,7 +149,7 @@ def test_offsets_beyond_32_bits(case: Case, dtype: torch.dtype) -> None:
                     torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02, msg=f"{path}: {name}")
 
 
-@pytest.mark.skipif(not SLOW, reason="about 40 s and 5 GB of memory: set GI_KERNELS_SLOW_TESTS=1")
+@pytest.mark.slow(reason="takes a minute and 5 GB of memory: --slow")
 @pytest.mark.parametrize("backend", gi_kernels.available_backends("flow_warp"))
 def test_result_of_more_than_2_31_elements(backend: str) -> None:
     """A bfloat16 result of 2^31 + 2^17 elements, from an input that is one map with stride 0."""

@@ -33,7 +33,9 @@ def global_attention(
     Returns:
         ``[B, h, N, d]`` in the dtype of ``query``. Under autocast all three are cast to its dtype.
 
-    Differentiable once in all arguments.
+    Differentiable once in all arguments. A NaN among the query and keys may be lost in segments that
+    are no multiple of 16 keys: PyTorch's flash attention for the CPU takes such a row for one that is
+    masked and gives zero.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, dtype or device, or no key.
