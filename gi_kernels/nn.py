@@ -270,7 +270,7 @@ class WindowWrite(nn.Module):
         gates = split_windows(logits, windows).sigmoid()  # [B,L,h,P]
         parts = values.unflatten(2, (self.heads, -1))[..., None] * gates[:, :, :, None]  # [B,L,h,j,P]
         read = resize(join_windows(parts.flatten(2, 3), windows, size), original)
-        return pointwise(self.ln1(read), self.projection.weight, self.projection.bias)
+        return pointwise(self.ln1(_channels_last(read)), self.projection.weight, self.projection.bias)
 
     def _batch_statistics(self, logits: torch.Tensor, values: torch.Tensor) -> KeysValues:
         """Mean and variance of r over batch and pixels; updates the running statistics.
@@ -304,7 +304,7 @@ class WindowWrite(nn.Module):
         dense1, dense2 = self.mlp.dense1, self.mlp.dense2
         weight, bias = dense1.weight.flatten(1), dense1.bias
         if _uses_batch_statistics(self.ln2) or type(self.ln2) is not nn.BatchNorm2d:
-            features = self.ln2(features)
+            features = self.ln2(_channels_last(features))
         else:
             scale, shift = _affine(self.ln2, self.ln2.running_mean, self.ln2.running_var)
             bias = bias + torch.mv(weight, shift.to(weight.dtype))
@@ -386,6 +386,15 @@ def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     B, L = x.shape[:2]
     out = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.to(x.dtype))  # [h,BL,o]
     return out.transpose(0, 1).unflatten(0, (B, L))
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    """``x`` for a batch norm before ``pointwise``, whose gradient arrives channels-last.
+
+    PyTorch's CPU kernel reads that gradient in the wrong order where the batch is one and the norm's
+    input is contiguous (seen in 2.13): parameters and input then get wrong gradients, in silence.
+    """
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _pairs(extra: KeysValues | Sequence[KeysValues] | None) -> list[KeysValues]:
