@@ -17,7 +17,7 @@ if str(ROOT) not in sys.path:  # last, so that an installed gi_kernels is measur
     sys.path.append(str(ROOT))
 
 from benchmarks.cases import Case, Contest  # noqa: E402
-from gi_kernels.testing import machine, memory, timing  # noqa: E402
+from gi_kernels.testing import errors, machine, memory, timing  # noqa: E402
 
 #: Seconds of timing per case, calibration not included. All together stay under four minutes.
 BUDGET = {"small": 0.06, "typical": 0.4, "large": 0.3}
@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--compile-all",
         action="store_true",
-        help="run the torch.compile contender in every case, not only in float32 at the typical size",
+        help="run the torch.compile contender in every case, not only forward in float32 at the typical size",
     )
     group.addoption(
         "--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results"
@@ -94,17 +94,21 @@ def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case], 
     compile_all = request.config.getoption("--compile-all")
 
     def run(case: Case) -> None:
-        compiled = compile_all or (case.size, case.dtype, case.layout) == ("typical", "float32", "contiguous")
+        kind = (case.size, case.dtype, case.layout, case.training)
+        compiled = compile_all or kind == ("typical", "float32", "contiguous", False)
         made = case.build(case, device, compiled)
         error = made.verify()
         calls = {
             name: contender.training() if case.training else contender.forward()
             for name, contender in made.contenders.items()
         }
+        if case.training and case.dtype == "float32":
+            _check_gradients(calls)
+        peaks = {name: memory.peak_extra_bytes(call, device) for name, call in calls.items()}
         times = _time(benchmark, case, calls, device, BUDGET[case.size] * effort)
         entry = _entry(case, made, error, times, state["roofline"])
-        for name, call in calls.items():
-            entry["contenders"][name]["peak_bytes"] = memory.peak_extra_bytes(call, device)
+        for name, peak in peaks.items():
+            entry["contenders"][name]["peak_bytes"] = peak
         if device.type == "cuda":
             gpu = machine.gpu_state(device)
             entry["gpu"] = {k: gpu[k] for k in ("sm_clock", "temperature") if k in gpu}
@@ -112,6 +116,19 @@ def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case], 
         state["cases"].append(entry)
 
     return run
+
+
+def _check_gradients(calls: dict[str, Callable[[], Any]]) -> None:
+    """Ours point where the published ones do: at every size, for inputs and parameters alike."""
+    if "published" not in calls:
+        return
+    ours, theirs = calls["ours"](), calls["published"]()
+    largest = max(float(g.norm()) for g in theirs if g is not None)
+    for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        if other is None or float(other.norm()) < 1e-4 * largest:  # zero but for rounding
+            continue
+        similarity = errors.cosine(mine, other)
+        assert similarity > 0.99, f"gradient {i}: cosine {similarity:.4f} with the published one"
 
 
 def _time(

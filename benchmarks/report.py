@@ -85,7 +85,7 @@ HEADER = (
 NOTES = """\
 *Against published, compiled, nearest*: their median over ours, higher is better, below 1 we lose.
 Published: the published formulation in eager PyTorch, contiguous. Compiled: the same under
-`torch.compile` (at the typical size in float32 unless the run was told `--compile-all`). Nearest:
+`torch.compile` (forward at the typical size in float32, unless the run was told `--compile-all`). Nearest:
 `grid_sample` with its grid ready; scaled-dot-product attention, the concatenation included. *Memory*:
 our peak of newly allocated memory, the result included, over the published one's, lower is better.
 *Roofline*: the least time for the operator's compulsory bytes (at the speed of a large copy) and

@@ -66,12 +66,8 @@ def warm_seconds(call: Callable[[], object], device: str | torch.device, expecte
 def calibrate(
     contenders: Mapping[str, Callable[[], object]], device: str | torch.device = "cpu"
 ) -> dict[str, float]:
-    """Seconds of each contender's second call: the first one also loads code and grows the heap."""
-    found = {}
-    for name, call in contenders.items():
-        first = seconds(call, device)
-        found[name] = first if first > 0.5 else seconds(call, device)
-    return found
+    """Seconds of one call of each contender, to plan rounds by; call each once before."""
+    return {name: seconds(call, device) for name, call in contenders.items()}
 
 
 def rounds_for(expected: Mapping[str, float], budget: float, fewest: int = 3, most: int = 25) -> int:
@@ -86,6 +82,8 @@ def interleave(
     budget: float = 1.0,
 ) -> dict[str, Times]:
     """Time the contenders in turns, so that a disturbance of the machine meets all of them."""
+    for call in contenders.values():
+        call()
     expected = calibrate(contenders, device)
     rounds = rounds_for(expected, budget)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
