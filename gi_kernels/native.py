@@ -6,6 +6,7 @@ the kernels cannot be loaded, for instance after torch was upgraded.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,12 @@ LIBRARY = Path(__file__).parent / "lib" / "libgi_kernels.so"
 
 def _read_receipt() -> dict[str, Any]:
     try:
-        from gi_kernels import _C
+        receipt = importlib.import_module("gi_kernels._C").receipt()
     except ImportError as error:
         missing = Path(__file__).parent / "build_failure.txt"
         why = missing.read_text().strip() if missing.exists() else str(error)
         return {"built": False, "reason": why}
-    return json.loads(_C.receipt())
+    return json.loads(receipt)
 
 
 def _load() -> str | None:

@@ -7,6 +7,7 @@ Environment variables that `make` sets, so that a run cannot test something else
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 from pathlib import Path
@@ -49,10 +50,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Which kernels run, and the seed of the fuzz tests."""
-    wanted = os.environ.get("GI_KERNELS_CPU_CAPABILITY", "the machine's best")
+    kernels = native.PROBLEM
+    if kernels is None:
+        kernels = "C++ kernels loaded, variant " + importlib.import_module("gi_kernels._C").cpu_capability()
     return [
         f"gi_kernels in {Path(gi_kernels.__file__).parent}",
-        f"gi_kernels: {native.PROBLEM or 'C++ kernels loaded, variant: ' + wanted}",
+        f"gi_kernels: {kernels}",
         f"torch {torch.__version__}, {torch.get_num_threads()} threads",
         f"fuzzing: --hypothesis-seed={config.option.hypothesisseed}",
     ]

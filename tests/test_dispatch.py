@@ -16,7 +16,6 @@ from torch._dynamo.testing import CompileCounter
 import gi_kernels
 from gi_kernels import dispatch, native
 
-ROOT = Path(__file__).parents[1]
 INPUT, FLOW = torch.randn(1, 3, 4, 5), torch.randn(1, 2, 4, 5)
 
 
@@ -240,10 +239,11 @@ def _by_reference() -> torch.Tensor:
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    package = str(Path(gi_kernels.__file__).parents[1])  # the one under test, installed or not
     return subprocess.run(
         [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | environment,
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": package} | environment,
         capture_output=True,
         text=True,
         check=False,
