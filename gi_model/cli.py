@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import resource
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from gi_model.errors import InputError
@@ -16,30 +20,54 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gi_model.metrics import MaskedQuality
+    from gi_model.video import FrameSource
 
 FAILED = 2  # exit code for anything the user can mend
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``gi-model`` with command-line ``arguments``; return its exit code."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
+    return guarded("gi-model", lambda: options.run(options))
+
+
+def guarded(name: str, run: Callable[[], int]) -> int:
+    """Exit code of ``run``; what a user can mend becomes a line on standard error."""
     try:
-        return options.run(options)
+        with _terminable():
+            return run()
     except InputError as error:
-        print(f"gi-model: {error}", file=sys.stderr)
-    except ModuleNotFoundError as error:
-        print(
-            f"gi-model: {error.name} is not installed; video needs `pip install 'gi-kernels[video]'`",
-            file=sys.stderr,
-        )
+        message = str(error)
+    except ImportError as error:
+        message = f"{error}; for video: pip install 'gi-kernels[video]'"
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"gi-model: {error.strerror or error}{where}", file=sys.stderr)
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    except MemoryError:
+        message = "not enough memory; a smaller --radius needs less"
     except KeyboardInterrupt:
-        print("gi-model: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        print(f"{name}: interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    print(f"{name}: {message}", file=sys.stderr)
     return FAILED
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM clean up like Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        earlier = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,8 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="repair the masked region of a video from the frames that see it",
         description="Repair the masked region of a video: pixels are carried along optical flow from the "
         "frames that see them; what no frame sees is inpainted. Needs no weights and no GPU.",
-        epilog="Writes OUT and, beside it, a picture of a few frames. Exit code 2 if something given "
-        "cannot be used; nothing is written then.",
+        epilog="Writes OUT and, beside it, OUT-frames.png with a few frames before and after. Sound is not "
+        "kept. PSNR and SSIM are those of the frames before they are encoded. Exit code 2 if something "
+        "cannot be used or written; an earlier OUT is then as it was.",
     )
     propagate.add_argument("video", metavar="VIDEO", help="a video file or a folder of images")
     propagate.add_argument(
@@ -71,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a video (.mp4, .mkv, ...) or a folder of PNG images",
     )
     propagate.add_argument(
-        "--truth", metavar="VIDEO", help="the unharmed video, to measure PSNR and SSIM inside the mask"
+        "--truth", metavar="TRUTH", help="the unharmed video, to measure PSNR and SSIM inside the mask"
     )
     propagate.add_argument(
         "--radius", type=int, default=15, metavar="N", help="frames to look back and ahead (default 15)"
@@ -85,68 +114,91 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_propagate(options: argparse.Namespace) -> int:
     """``gi-model propagate``."""
-    import itertools
-
     from gi_model.metrics import MaskedQuality
     from gi_model.propagation import Propagator, inpaint_frame
-    from gi_model.video import FrameSource, FrameWriter, MaskSource, save_image
+    from gi_model.sheet import Sheet
+    from gi_model.video import FrameSource, FrameWriter, MaskSource, aligned, staged, write_image
 
-    if options.radius < 1:
-        raise InputError(f"--radius: expected at least 1, got {options.radius}")
-    if options.pictures < 1:
-        raise InputError(f"--pictures: expected at least 1, got {options.pictures}")
+    for name in ("radius", "pictures"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     frames, masks = FrameSource(options.video, "VIDEO"), MaskSource(options.masks)
-    masks.check(frames)
     truth = FrameSource(options.truth, "--truth") if options.truth else None
-    if truth and truth.count and frames.count and truth.count < frames.count:
-        raise InputError(f"--truth: expected {frames.count} frames like VIDEO, got {truth.count}")
     output = Path(options.output)
-    if frames.path.resolve() == output.resolve():
-        raise InputError("-o: expected another name than VIDEO")
-    writer = FrameWriter(output, frames.rate)
-    shown = set(_spread(frames.count, options.pictures))
-    rows: list[list[np.ndarray]] = []
-    ours, inpainted = MaskedQuality(), MaskedQuality()
+    _check_apart(output, frames, masks.frames, truth)
+    writer = FrameWriter(output, frames.rate, aspect=frames.aspect)
     picture = output.with_name(f"{output.stem}-frames.png")
-    # Frames and masks are read a second time, in step with the results, for pictures and scores.
-    originals = zip(frames, masks, truth or itertools.repeat(None), strict=False)
+    if picture.is_dir():
+        raise InputError(f"-o: the picture would be {picture}, which is a folder")
+
+    # What has been read but not yet repaired: as many frames as the propagator looks ahead.
+    pending: deque[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = deque()
+
+    def read() -> Iterator[np.ndarray]:
+        for item in aligned(frames, masks, truth):
+            pending.append(item)
+            yield item[0]
+
+    def masks_read() -> Iterator[np.ndarray]:
+        while True:
+            yield pending[-1][1]
+
+    propagator = Propagator(radius=options.radius)
+    sheet = Sheet(frames.count, options.pictures)
+    ours, inpainted = MaskedQuality(), MaskedQuality()
     started = time.perf_counter()
-    with writer:
-        results = Propagator(radius=options.radius).run(frames, masks)
+    with staged(picture) as temporary_picture, writer:
+        results = propagator.run(read(), masks_read())
         for index, result in enumerate(_progress(results, frames.count)):
+            image, mask, unharmed = pending.popleft()
             writer.write(result)
-            image, mask, unharmed = next(originals)
+            sheet.add(index, image, mask, result, unharmed)
             if unharmed is not None:
-                if unharmed.shape != result.shape:
-                    raise InputError(
-                        f"--truth: expected frames of {result.shape[1]}x{result.shape[0]} pixels like VIDEO, "
-                        f"got {unharmed.shape[1]}x{unharmed.shape[0]}"
-                    )
                 ours.add(result, unharmed, mask)
                 inpainted.add(inpaint_frame(image, mask), unharmed, mask)
-            if index in shown or (not frames.count and len(rows) < options.pictures):
-                rows.append([_tinted(image, mask), result] + ([] if unharmed is None else [unharmed]))
         seconds = time.perf_counter() - started
-        save_image(picture, _sheet(rows))
-    _report(writer.count, seconds, ours if truth else None, inpainted)
+        write_image(temporary_picture, sheet.image())
+    _report(writer.count, seconds, propagator.masked, propagator.unseen, ours if truth else None, inpainted)
     print(f"wrote {output} and {picture}")
     return 0
 
 
-def _report(count: int, seconds: float, ours: MaskedQuality | None, inpainted: MaskedQuality) -> None:
+def _check_apart(output: Path, *sources: FrameSource | None) -> None:
+    """Raise ``InputError`` if the result would replace, or end up among, what is read."""
+    for source in sources:
+        if source is None:
+            continue
+        path = source.path.resolve()
+        if output.resolve() == path or (path.is_dir() and output.resolve().parent == path):
+            raise InputError(f"-o: expected a place outside {source.argument} {source.path}, got {output}")
+
+
+def _report(
+    count: int,
+    seconds: float,
+    masked: int,
+    unseen: int,
+    ours: MaskedQuality | None,
+    inpainted: MaskedQuality,
+) -> None:
     parts = []
-    if ours is not None:
+    if not masked:
+        parts.append("the masks are empty")
+    elif ours is not None:
         parts.append(
             f"inside the mask: PSNR {ours.psnr:.2f} dB, SSIM {ours.ssim:.3f} "
-            f"(inpainting per frame: {inpainted.psnr:.2f} dB, {inpainted.ssim:.3f})"
+            f"(OpenCV inpainting per frame: {inpainted.psnr:.2f} dB, {inpainted.ssim:.3f})"
         )
+    if masked:
+        parts.append(f"seen by other frames: {1 - unseen / masked:.1%}")
+    # Kilobytes, but bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     parts += [f"{count / seconds:.2f} frames per second", f"peak memory {peak:.0f} MiB"]
     print("; ".join(parts))
 
 
 def _progress(results: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """Yield ``results`` under a progress bar on standard error."""
+    """Yield ``results`` under a progress bar on standard error, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -154,33 +206,6 @@ def _progress(results: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield from progress.track(results, total=count or None)
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    """``wanted`` indices spread over ``count`` frames."""
-    return [int((i + 0.5) * count / wanted) for i in range(min(wanted, count))]
-
-
-def _tinted(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    import numpy as np
-
-    out = image.copy()
-    out[mask] = np.array([255, 60, 160], np.uint8)
-    return out
-
-
-def _sheet(rows: list[list[np.ndarray]]) -> np.ndarray:
-    """Rows of frames (masked, result, truth) with white lines between."""
-    import numpy as np
-
-    if not rows:
-        raise InputError("VIDEO: expected at least one frame, got none")
-    line = 4
-    padded = [
-        np.concatenate([np.pad(i, ((0, line), (0, line), (0, 0)), constant_values=255) for i in row], axis=1)
-        for row in rows
-    ]
-    return np.concatenate(padded, axis=0)[:-line, :-line]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gi_model import cli
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -18,41 +20,38 @@ CLIP = Path(__file__).parent / "assets" / "city.mp4"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m gi_model.demo``: the command's exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m gi_model.demo", description=__doc__)
     parser.add_argument("-o", "--output", default="demo-output", metavar="FOLDER", help="where to write")
     folder = Path(parser.parse_args(arguments).output)
-
-    from gi_model import cli
-
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        harm(CLIP, folder)
-    except ModuleNotFoundError as error:
-        print(f"demo: {error.name} is not installed; `pip install 'gi-kernels[video]'`", file=sys.stderr)
-        return cli.FAILED
+    failed = cli.guarded("demo", lambda: harm(CLIP, folder))
+    if failed:
+        return failed
     command = ["propagate", str(folder / "masked.mkv"), "--masks", str(folder / "masks")]
     command += ["--truth", str(CLIP), "-o", str(folder / "repaired.mp4")]
     print("gi-model", *command)
     return cli.main(command)
 
 
-def harm(clip: Path, folder: Path) -> None:
+def harm(clip: Path, folder: Path) -> int:
     """Write ``masked.mkv`` (the region black, the rest exact) and ``masks/`` for ``clip``."""
     import numpy as np
 
     from gi_model.video import FrameSource, FrameWriter
 
+    folder.mkdir(parents=True, exist_ok=True)
     frames = FrameSource(clip, "clip")
-    video = FrameWriter(folder / "masked.mkv", frames.rate, lossless=True)
-    masks = FrameWriter(folder / "masks")
-    with video, masks:
-        for frame, mask in zip(frames, moving_masks(frames), strict=False):
+    with (
+        FrameWriter(folder / "masked.mkv", frames.rate, lossless=True) as video,
+        FrameWriter(folder / "masks") as masks,
+    ):
+        for frame, mask in zip(frames, moving_masks(frames), strict=True):
             video.write(np.where(mask[..., None], 0, frame).astype(np.uint8))
             masks.write(np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255)
+    return 0
 
 
 def moving_masks(frames: FrameSource) -> Iterator[np.ndarray]:
-    """A blob of about 7 % of the frame that swings across it and changes its shape."""
+    """A blob of about 7 % of the frame that swings across it and changes its shape and size."""
     import numpy as np
 
     height, width = next(iter(frames)).shape[:2]

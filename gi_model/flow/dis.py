@@ -12,8 +12,10 @@ class DISFlow:
     #: The patches of the coarsest level need about this many pixels along each side.
     SMALLEST = 32
 
-    def __init__(self, preset: int = cv2.DISOPTICAL_FLOW_PRESET_MEDIUM) -> None:
-        self._dis = cv2.DISOpticalFlow.create(preset)
+    def __init__(self) -> None:
+        self._dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        # The preset stops at half resolution. Chained over many frames, its errors add up.
+        self._dis.setFinestScale(0)
 
     def __call__(self, image1: np.ndarray, image2: np.ndarray) -> np.ndarray:
         """Flow ``[2,H,W]`` in pixels, x first, from ``image1`` to ``image2`` (``[H,W,3]`` uint8)."""
