@@ -210,7 +210,7 @@ void backward_typed(const FlowWarpBackward& a, i64 begin, i64 end) {
     if (C < kFewChannels) {
       A* sum = nullptr;
       if (a.grad_input.data) {
-        sum_slab.reserve(H * W * C * i64(sizeof(A)));
+        sum_slab.reserve((H * W * C + kLanes<A>) * i64(sizeof(A)));  // unstage reads whole vectors
         sum = sum_slab.as<A>();
         std::memset(sum, 0, H * W * C * sizeof(A));
       }

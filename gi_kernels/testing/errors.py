@@ -94,6 +94,14 @@ def bias(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return (error.mean().abs() / spread).item() if spread > 0 else 0.0
 
 
+def growth(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Mean error away from zero in units of its standard error.
+
+    Truncation errs towards zero: its mean error vanishes where signs are mixed, this one does not.
+    """
+    return bias(actual.double() * expected.sign(), expected.double().abs())
+
+
 def _check_spread(name: str, actual: torch.Tensor, expected: torch.Tensor, raw: torch.Tensor) -> None:
     if expected.numel() < FEWEST or not expected.isfinite().all() or not raw.isfinite().all():
         return
@@ -112,6 +120,9 @@ def _check_direction(name: str, actual: torch.Tensor, expected: torch.Tensor) ->
     assert similarity > COSINE, f"{name}: cosine {similarity:.6f} with the float64 gradient"
     if expected.numel() >= FEWEST:
         assert offset < BIAS, f"{name}: mean error is {offset:.1f} standard errors off zero"
+        if actual.element_size() == 2:  # of float32 gradients, errors of the positions are common to all
+            size = growth(actual, expected)
+            assert size < BIAS, f"{name}: mean error of the size is {size:.1f} standard errors off zero"
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ SPEC = OperatorSpec(
         _sample("uneven", (1, 17, 6, 10), 2, (2, 5)),
         _sample("eight_heads", (1, 32, 8, 8), 8, (2, 2)),
         _sample("one_window", (1, 4, 5, 7), 1, (1, 1)),
+        _sample("worked_on_in_parts", (1, 250, 9, 64), 2, (1, 1)),
         _sample("one_pixel_windows", (1, 3, 4, 6), 2, (4, 6)),
         _sample("one_pixel", (2, 3, 1, 1), 2, (1, 1)),
         _sample("no_batch", (0, 3, 4, 4), 2, (2, 2)),
