@@ -241,7 +241,7 @@ class _Operator:
 
         def verify() -> float:
             gradients = case.training and case.size == "small"
-            exact = _oracle(name, self.sample.name, str(device), gradients)
+            exact = _oracle(name, self.sample.name, device.type, gradients)
             others = case.size != "large" and not case.training
             return _verify(self.spec, self.sample, dtype, contenders, exact, gradients, others)
 
@@ -256,15 +256,29 @@ class _Operator:
 
 def _arguments(sample: Sample, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """The sample's arguments; storage is drawn in bfloat16 for all dtypes, so one oracle serves all."""
-    coarse = sample.make(torch.bfloat16, device)
+    coarse = _drawn(_Identity(sample), device.type)
     return map_tensors(lambda _, t: t.to(dtype) if t.dtype == torch.bfloat16 else t, coarse)
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """A sample as a key: samples hold dictionaries and have no hash."""
+
+    sample: Sample
+
+    def __hash__(self) -> int:
+        return hash((self.sample.name, self.sample.size))
+
+
+@lru_cache(maxsize=1)  # cases of one sample follow each other; large ones take long to draw
+def _drawn(key: _Identity, device: str) -> dict[str, Any]:
+    return key.sample.make(torch.bfloat16, device)
 
 
 @lru_cache(maxsize=2)
 def _oracle(name: str, sample_name: str, device: str, gradients: bool) -> Outcome:
     spec = all_specs()[name]
-    sample = next(s for s in (*spec.samples, *EXTRA.get(name, ())) if s.name == sample_name)
-    arguments = _arguments(sample, torch.float32, torch.device(device))
+    arguments = _arguments(_sample_of(spec, sample_name), torch.float32, torch.device(device))
     return oracle(spec, arguments, torch.float32, spec.differentiable if gradients else ())
 
 
@@ -292,7 +306,8 @@ def _verify(
         else:
             allowed = LOW_PRECISION * torch.finfo(tensor.dtype).eps
         if error > allowed:  # large samples with long flows are worse conditioned than the tests' small ones
-            allowed = 2 * _float32_error(spec, ours, exact, what, gradients)
+            device = tensor.device.type
+            allowed = 2 * _float32_error(spec.name, sample.name, device, what, gradients)
         assert error <= allowed, f"ours: {what}: relative error {error:.3g}, allowed {allowed:.3g}"
         worst = max(worst, error)
     for who, contender in contenders.items():
@@ -303,12 +318,18 @@ def _verify(
     return worst
 
 
-def _float32_error(spec: OperatorSpec, ours: Contender, exact: Outcome, what: str, gradients: bool) -> float:
+@lru_cache(maxsize=16)
+def _float32_error(name: str, sample_name: str, device: str, what: str, gradients: bool) -> float:
     """Relative error of the definition itself, run in eager float32 on the same numbers."""
-    arguments = map_tensors(lambda _, t: t.float(), ours.arguments)
-    raw = dict(evaluate(spec.reference, arguments, ours.differentiable if gradients else ()).items())
-    wanted = dict(exact.items())[what]
+    spec = all_specs()[name]
+    arguments = _arguments(_sample_of(spec, sample_name), torch.float32, torch.device(device))
+    raw = dict(evaluate(spec.reference, arguments, spec.differentiable if gradients else ()).items())
+    wanted = dict(_oracle(name, sample_name, device, gradients).items())[what]
     return largest_error(raw[what], wanted) / magnitude(wanted)
+
+
+def _sample_of(spec: OperatorSpec, name: str) -> Sample:
+    return next(s for s in (*spec.samples, *EXTRA.get(spec.name, ())) if s.name == name)
 
 
 def _nearest(name: str, arguments: Mapping[str, Any], training: bool) -> dict[str, Contender]:
@@ -367,7 +388,7 @@ class _Lookup:
             contenders["compiled"] = Contender(torch.compile(published_lookup), arguments, volumes)
 
         def verify() -> float:
-            exact = _oracle(self.spec.name, self.sample.name, str(device), False)
+            exact = _oracle(self.spec.name, self.sample.name, device.type, False)
             dtype = DTYPES[case.dtype]
             return _verify(self.spec, self.sample, dtype, contenders, exact, False, not case.training)
 
@@ -497,7 +518,7 @@ LAYERS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Layer:
     layer: Layer
     sample: Sample
@@ -505,7 +526,7 @@ class _Layer:
     def __call__(self, case: Case, device: torch.device, compiled: bool) -> Contest:
         plain = _arguments(self.sample, DTYPES[case.dtype], device)
         ours = {k: _LAYOUTS[case.layout](v) if k in self.layer.maps else v for k, v in plain.items()}
-        mine, theirs = self.modules(case, device)
+        mine, theirs = self.modules(DTYPES[case.dtype], case.training, device)
 
         def contender(module: torch.nn.Module, arguments: Mapping[str, Any]) -> Contender:
             parameters = tuple(p for _, p in sorted(module.named_parameters()))
@@ -517,24 +538,34 @@ class _Layer:
             contenders["compiled"] = replace(contenders["published"], function=torch.compile(theirs))
         return Contest(contenders, lambda: self.verify(case, contenders, device))
 
-    def modules(self, case: Case, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """Ours and the published layer with the same weights, for inference or for training."""
+    def modules(
+        self, dtype: torch.dtype, training: bool, device: torch.device
+    ) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """Ours and the published layer with the same weights, rounded to bfloat16 in every dtype."""
         from gi_kernels import nn
 
         torch.manual_seed(0)
         theirs = self.layer.build(getattr(published, f"Published{self.layer.name}"), self.sample)
+        theirs = theirs.bfloat16().float()
         mine = self.layer.build(getattr(nn, self.layer.name), self.sample)
         mine.load_state_dict(theirs.state_dict())
-        made = tuple(m.to(device, DTYPES[case.dtype]).train(case.training) for m in (mine, theirs))
+        made = tuple(m.to(device, dtype).train(training) for m in (mine, theirs))
         return made[0], made[1]
 
-    def verify(self, case: Case, contenders: Mapping[str, Contender], device: torch.device) -> float:
-        """Our value against the published layer's in float64; it holds the weights as ours rounds them."""
-        theirs = self.modules(case, device)[1].double()
-        plain = _arguments(self.sample, torch.float32, device)
+    @lru_cache(maxsize=2)  # noqa: B019 - lives as long as the cases
+    def exact(self, training: bool, device: str) -> torch.Tensor:
+        """The published layer in float64; weights and inputs are the same numbers in every dtype."""
+        theirs = self.modules(torch.float64, training, torch.device(device))[1]
+        plain = _arguments(self.sample, torch.float32, torch.device(device))
         with torch.no_grad():
-            exact = theirs(**map_tensors(lambda _, t: t.double(), plain))
-            value = contenders["ours"].function(**contenders["ours"].arguments)
+            return theirs(**map_tensors(lambda _, t: t.double(), plain))
+
+    def verify(self, case: Case, contenders: Mapping[str, Contender], device: torch.device) -> float:
+        """Our value against the published layer's in float64."""
+        exact = self.exact(case.training, device.type)
+        ours = contenders["ours"]
+        with torch.no_grad():
+            value = ours.function(**ours.arguments)
         error = largest_error(value, exact) / magnitude(exact)
         # Flows are sampled from a normalised grid there, in float32.
         allowed = 1e-3 if value.dtype == torch.float32 else 4 * torch.finfo(value.dtype).eps

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,8 @@ def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case], 
             name: contender.training() if case.training else contender.forward()
             for name, contender in made.contenders.items()
         }
-        if case.training and case.dtype == "float32":
-            _check_gradients(calls)
-        peaks = {name: memory.peak_extra_bytes(call, device) for name, call in calls.items()}
-        times = _time(benchmark, case, calls, device, BUDGET[case.size] * effort)
+        peaks, expected = _first_calls(case, calls, device)
+        times = _time(benchmark, case, calls, expected, device, BUDGET[case.size] * effort)
         entry = _entry(case, made, error, times, state["roofline"])
         for name, peak in peaks.items():
             entry["contenders"][name]["peak_bytes"] = peak
@@ -118,11 +117,33 @@ def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case], 
     return run
 
 
-def _check_gradients(calls: dict[str, Callable[[], Any]]) -> None:
+def _first_calls(
+    case: Case, calls: dict[str, Callable[[], Any]], device: torch.device
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Peak memory of one call of each contender, which warms it up too, and about how long it takes."""
+    peaks, expected, gradients = {}, {}, {}
+    for name, call in calls.items():
+        kept: list[Any] = []
+
+        def once(call: Callable[[], Any] = call, kept: list[Any] = kept) -> None:
+            kept.append(call())
+
+        if device.type == "cuda" or name == "compiled":
+            call()  # compiles, and allocates workspaces that stay
+        begin = time.perf_counter()
+        peaks[name] = memory.peak_extra_bytes(once, device)
+        expected[name] = time.perf_counter() - begin
+        if expected[name] < 0.1:  # mostly the profiler's own time
+            kept.clear()
+            expected[name] = timing.seconds(once, device)
+        gradients[name] = kept[0]
+    if case.training and case.dtype == "float32" and "published" in calls:
+        _check_gradients(gradients["ours"], gradients["published"])
+    return peaks, expected
+
+
+def _check_gradients(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor | None]) -> None:
     """Ours point where the published ones do: at every size, for inputs and parameters alike."""
-    if "published" not in calls:
-        return
-    ours, theirs = calls["ours"](), calls["published"]()
     largest = max(float(g.norm()) for g in theirs if g is not None)
     for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         if other is None or float(other.norm()) < 1e-4 * largest:  # zero but for rounding
@@ -135,10 +156,10 @@ def _time(
     benchmark: Any,
     case: Case,
     calls: dict[str, Callable[[], object]],
+    expected: dict[str, float],
     device: torch.device,
     budget: float,
 ) -> dict[str, timing.Times]:
-    expected = timing.calibrate(calls, device)
     taken: dict[str, list[float]] = {name: [] for name in calls}
 
     def others() -> None:
@@ -152,7 +173,7 @@ def _time(
     benchmark.pedantic(
         lambda: taken["ours"].append(timing.seconds(calls["ours"], device)),
         setup=others,
-        rounds=timing.rounds_for(expected, budget),
+        rounds=timing.rounds_for(expected, budget, fewest=2 if case.size == "large" else 3),
     )
     return {name: timing.Times(tuple(t)) for name, t in taken.items()}
 

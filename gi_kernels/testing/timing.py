@@ -63,13 +63,6 @@ def warm_seconds(call: Callable[[], object], device: str | torch.device, expecte
     return seconds(call, device)
 
 
-def calibrate(
-    contenders: Mapping[str, Callable[[], object]], device: str | torch.device = "cpu"
-) -> dict[str, float]:
-    """Seconds of one call of each contender, to plan rounds by; call each once before."""
-    return {name: seconds(call, device) for name, call in contenders.items()}
-
-
 def rounds_for(expected: Mapping[str, float], budget: float, fewest: int = 3, most: int = 25) -> int:
     """How many rounds of all contenders fit into ``budget`` seconds, between ``fewest`` and ``most``."""
     one_round = sum(t if t >= SHORT else 2 * t for t in expected.values())
@@ -84,7 +77,7 @@ def interleave(
     """Time the contenders in turns, so that a disturbance of the machine meets all of them."""
     for call in contenders.values():
         call()
-    expected = calibrate(contenders, device)
+    expected = {name: seconds(call, device) for name, call in contenders.items()}
     rounds = rounds_for(expected, budget)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
