@@ -26,6 +26,7 @@ from gi_kernels.ops.global_attention import global_attention
 from gi_kernels.ops.window_pool import window_pool
 from gi_kernels.ops.window_pool.reference import join_windows, split_windows
 from gi_kernels.ops.window_spread import window_spread
+from gi_kernels.precision import accumulation_dtype
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -55,16 +56,17 @@ class DeformableAggregation(nn.Module):
         self, features: torch.Tensor, references: torch.Tensor, flows: torch.Tensor, errors: torch.Tensor
     ) -> torch.Tensor:
         """``[B,C,H,W]``, ``[B,T,C,H,W]``, ``[B,T,2,h,w]`` (pixels), ``[B,T,1,h',w']`` -> ``[B,C,H,W]``."""
+        self._check(features, flows, errors, references=references)
         keys, values = self.project(references)
         return self.aggregate(features, keys, values, flows, errors)
 
     def project(self, references: torch.Tensor) -> KeysValues:
         """Keys and values ``[B,T,C,H,W]`` of references, channels-last; they serve every target."""
-        checks.shapes(("references", references, f"B T {self.channels} H W"))
+        check_inputs(self.q.weight, ("references", references, f"B T {self.channels} H W"))
         B, T = references.shape[:2]
         frames = references.flatten(0, 1)
-        keys = pointwise(frames, self.q.weight[:, : self.channels])
-        values = pointwise(frames, self.v.weight[:, : self.channels])
+        keys = channels_last_pointwise(frames, self.q.weight[:, : self.channels])
+        values = channels_last_pointwise(frames, self.v.weight[:, : self.channels])
         return keys.unflatten(0, (B, T)), values.unflatten(0, (B, T))
 
     def aggregate(
@@ -76,6 +78,7 @@ class DeformableAggregation(nn.Module):
         errors: torch.Tensor,
     ) -> torch.Tensor:
         """The layer's result from what ``project`` returned."""
+        self._check(features, flows, errors, keys=keys, values=values)
         key_error_weight = self.q.weight[:, self.channels, 0, 0]
         # Ties q.bias to the graph: it gets a zero gradient, which data-parallel training waits for.
         chosen = torch.ones_like(key_error_weight, dtype=torch.bool)
@@ -84,6 +87,14 @@ class DeformableAggregation(nn.Module):
         return deformable_aggregation(
             features, keys, values, flows, errors, key_error_weight, value_error_weight, self.v.bias
         )
+
+    def _check(
+        self, features: torch.Tensor, flows: torch.Tensor, errors: torch.Tensor, **frames: torch.Tensor
+    ) -> None:
+        named = [("features", features, f"B {self.channels} H W")]
+        named += [(name, frame, f"B T {self.channels} H W") for name, frame in frames.items()]
+        check_inputs(self.q.weight, *named)
+        checks.shapes(*named, ("flows", flows, "B T 2 h w"), ("errors", errors, "B T 1 h' w'"))
 
 
 class LatentAttention(nn.Module):
@@ -124,8 +135,14 @@ class LatentAttention(nn.Module):
             return_kv: also return this layer's own ``(keys, values)``.
         """
         dim = self.projection.in_features
-        checks.shapes(("x", x, f"B N {dim}"))
         pairs = _pairs(extra)
+        segment = f"B {self.heads} {{}} {dim // self.heads}"
+        check_inputs(
+            self.projection.weight,
+            ("x", x, f"B N {dim}"),
+            *((f"extra[{i}] keys", keys, segment.format(f"M{i}")) for i, (keys, _) in enumerate(pairs)),
+            *((f"extra[{i}] values", values, segment.format(f"M{i}")) for i, (_, values) in enumerate(pairs)),
+        )
         h = self.attn.layernorm1(x)
         query, key, value = (
             layer(h).unflatten(2, (self.heads, dim // self.heads)).transpose(1, 2)
@@ -177,11 +194,15 @@ class WindowRead(nn.Module):
             return_attention: also return the softmax maps ``[B, heads, H', W']`` at the grid's size.
         """
         dim = self.projection.in_features
-        checks.shapes(("latents", latents, f"B {self.side**2} {dim}"), ("features", features, f"B {dim} H W"))
+        check_inputs(
+            self.projection.weight,
+            ("latents", latents, f"B {self.side**2} {dim}"),
+            ("features", features, f"B {dim} H W"),
+        )
+        checks.nonempty("features", features, 2, 3)
         windows = (self.side, self.side)
-        logits = pointwise(features, self.to_logits.weight, self.to_logits.bias)
         size = grid_size(features, self.side)
-        logits, features = resize(logits, size), resize(features, size)
+        logits, features = resize(self.to_logits(features), size), resize(features, size)
         pooled = window_pool(logits, features, windows)  # [B,L,h,C]
         # Values are projected per window: the softmax weights sum to one, so the bias is just added.
         weight = self.to_values.weight.view(self.heads, -1, dim)
@@ -190,8 +211,8 @@ class WindowRead(nn.Module):
         latents = latents + self.mlp(self.ln2(latents))
         if not return_attention:
             return latents
-        attention = split_windows(logits, windows).float().softmax(dim=3).to(logits.dtype)
-        return latents, join_windows(attention, windows, size)
+        attention = split_windows(logits, windows).to(accumulation_dtype(logits.dtype)).softmax(dim=3)
+        return latents, join_windows(attention.to(logits.dtype), windows, size)
 
 
 class WindowWrite(nn.Module):
@@ -232,28 +253,32 @@ class WindowWrite(nn.Module):
             return_attention: also return the sigmoid maps ``[B, heads, H', W']`` at the grid's size.
         """
         dim = self.to_values.in_features
-        checks.shapes(("features", features, f"B {dim} H W"), ("latents", latents, f"B {self.side**2} {dim}"))
+        check_inputs(
+            self.to_values.weight,
+            ("features", features, f"B {dim} H W"),
+            ("latents", latents, f"B {self.side**2} {dim}"),
+        )
+        checks.nonempty("features", features, 2, 3)
         size = grid_size(features, self.side)
-        logits = resize(pointwise(features, self.to_logits.weight, self.to_logits.bias), size)
+        logits = resize(self.to_logits(features), size)
         values = self.to_values(latents)
         original = (features.shape[2], features.shape[3])
-        known = not _uses_batch_statistics(self.ln1)
-        if known or (type(self.ln1) is nn.BatchNorm2d and size == original):
+        if _is_fixed(self.ln1) or (type(self.ln1) is nn.BatchNorm2d and size == original):
             written = self._write_projected(logits, values, original)
         else:
             written = self._write_explicitly(logits, values, original)
         features = features + written
-        out = features + self._mlp(features)
+        out = features + self.mlp(self.ln2(features))
         return (out, logits.sigmoid()) if return_attention else out
 
     def _write_projected(
         self, logits: torch.Tensor, values: torch.Tensor, original: tuple[int, int]
     ) -> torch.Tensor:
         """P BN(r) without forming r: norm and projection are folded into the latents."""
-        if _uses_batch_statistics(self.ln1):
-            mean, variance = self._batch_statistics(logits, values)
-        else:
+        if _is_fixed(self.ln1):
             mean, variance = self.ln1.running_mean, self.ln1.running_var
+        else:
+            mean, variance = self._batch_statistics(logits, values)
         scale, shift = _affine(self.ln1, mean, variance)
         weight = self.projection.weight.flatten(1)  # [O,D]
         scaled = (values * scale.to(values.dtype)).unflatten(2, (self.heads, -1))
@@ -270,7 +295,7 @@ class WindowWrite(nn.Module):
         gates = split_windows(logits, windows).sigmoid()  # [B,L,h,P]
         parts = values.unflatten(2, (self.heads, -1))[..., None] * gates[:, :, :, None]  # [B,L,h,j,P]
         read = resize(join_windows(parts.flatten(2, 3), windows, size), original)
-        return pointwise(self.ln1(_channels_last(read)), self.projection.weight, self.projection.bias)
+        return self.projection(self.ln1(read))
 
     def _batch_statistics(self, logits: torch.Tensor, values: torch.Tensor) -> KeysValues:
         """Mean and variance of r over batch and pixels; updates the running statistics.
@@ -288,10 +313,10 @@ class WindowWrite(nn.Module):
         square = ((gates**2).sum(3)[..., None] * v**2).sum((0, 1)).flatten() / count
         variance = (square - mean**2).clamp(min=0)
         norm = self.ln1
-        if norm.training and norm.track_running_stats:
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
             with torch.no_grad():
                 norm.num_batches_tracked.add_(1)
-                share = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked
+                share = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.double()
                 for running, new in (
                     (norm.running_mean, mean),
                     (norm.running_var, variance * (count / (count - 1))),
@@ -299,32 +324,18 @@ class WindowWrite(nn.Module):
                     running.copy_(running + (new.to(running.dtype) - running) * share)
         return mean, variance
 
-    def _mlp(self, features: torch.Tensor) -> torch.Tensor:
-        """The MLP on the normed features; outside training the norm is folded into its first layer."""
-        dense1, dense2 = self.mlp.dense1, self.mlp.dense2
-        weight, bias = dense1.weight.flatten(1), dense1.bias
-        if _uses_batch_statistics(self.ln2) or type(self.ln2) is not nn.BatchNorm2d:
-            features = self.ln2(_channels_last(features))
-        else:
-            scale, shift = _affine(self.ln2, self.ln2.running_mean, self.ln2.running_var)
-            bias = bias + torch.mv(weight, shift.to(weight.dtype))
-            weight = weight * scale.to(weight.dtype)
-        return pointwise(F.gelu(pointwise(features, weight, bias)), dense2.weight, dense2.bias)
 
-
-def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """1x1 convolution of ``x`` [N,C,H,W] with ``weight`` [O,C] or [O,C,1,1] -> [N,O,H,W], channels-last.
+def channels_last_pointwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """1x1 convolution of ``x`` [N,C,H,W] with ``weight`` [O,C,1,1] -> [N,O,H,W], channels-last.
 
     A matrix product that reads ``x`` where it is, contiguous or channels-last.
     """
     weight = weight.flatten(1)
     rows = x.flatten(2).transpose(1, 2)  # [N,HW,C]
     if x.is_contiguous(memory_format=torch.channels_last) or rows.shape[0] == 0:
-        out = F.linear(rows, weight, bias)
+        out = F.linear(rows, weight)
     else:
         out = torch.bmm(rows, weight.t().expand(rows.shape[0], -1, -1))
-        if bias is not None:
-            out = out + bias.to(out.dtype)
     return out.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -350,6 +361,20 @@ def grid_side(num_latents: int) -> int:
     return side
 
 
+def check_inputs(weight: torch.Tensor, *arguments: tuple[str, torch.Tensor, str]) -> None:
+    """``checks.shapes``; and tensors must be where a layer's weights are, in their dtype but for autocast."""
+    checks.shapes(*arguments)
+    device = weight.device.type
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    for name, tensor, _ in arguments:
+        if tensor.device != weight.device:
+            raise ValueError(
+                f"{name}: expected a tensor on {weight.device} like the layer, got {tensor.device}"
+            )
+        if tensor.dtype != weight.dtype and not mixed:
+            raise TypeError(f"{name}: expected dtype {weight.dtype} like the layer's, got {tensor.dtype}")
+
+
 def check_heads(dim: int, heads: int) -> None:
     """Raise unless ``heads`` divides ``dim``."""
     checks.positive("dim", dim)
@@ -370,7 +395,7 @@ class _Projections(nn.Module):
 
 
 class _MLP(nn.Module):
-    """The parameters named ``mlp``; called on the last dimension where the layers are linear."""
+    """The parameters named ``mlp``; its layers linear or 1x1 convolutions."""
 
     def __init__(self, dense1: nn.Module, dense2: nn.Module) -> None:
         super().__init__()
@@ -388,18 +413,13 @@ def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out.transpose(0, 1).unflatten(0, (B, L))
 
 
-def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    """``x`` for a batch norm before ``pointwise``, whose gradient arrives channels-last.
-
-    PyTorch's CPU kernel reads that gradient in the wrong order where the batch is one and the norm's
-    input is contiguous (seen in 2.13): parameters and input then get wrong gradients, in silence.
-    """
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _pairs(extra: KeysValues | Sequence[KeysValues] | None) -> list[KeysValues]:
     if extra is None:
         return []
+    if not isinstance(extra, list | tuple):
+        raise TypeError(
+            f"extra: expected a pair (keys, values) or a sequence of pairs, got {type(extra).__name__}"
+        )
     if len(extra) == 2 and isinstance(extra[0], torch.Tensor):
         return [(extra[0], extra[1])]  # type: ignore[list-item]
     for i, pair in enumerate(extra):
@@ -408,8 +428,10 @@ def _pairs(extra: KeysValues | Sequence[KeysValues] | None) -> list[KeysValues]:
     return list(extra)  # type: ignore[arg-type]
 
 
-def _uses_batch_statistics(norm: nn.Module) -> bool:
-    return norm.training or getattr(norm, "running_mean", None) is None
+def _is_fixed(norm: nn.Module) -> bool:
+    """Whether it is a batch norm that applies its running statistics, whatever its input."""
+    known = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+    return known and not norm.training and norm.running_mean is not None
 
 
 def _affine(norm: nn.Module, mean: torch.Tensor, variance: torch.Tensor) -> KeysValues:
