@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
+import torch
 
 from gi_model.flow.dis import DISFlow
 
@@ -14,9 +14,9 @@ __all__ = ["DISFlow", "FlowEstimator"]
 class FlowEstimator(Protocol):
     """Estimates optical flow."""
 
-    def __call__(self, image1: np.ndarray, image2: np.ndarray) -> np.ndarray:
-        """Flow ``[2,H,W]`` float32 in pixels, x first: where a pixel of ``image1`` lies in ``image2``.
+    def __call__(self, image1: torch.Tensor, image2: torch.Tensor) -> torch.Tensor:
+        """Flow ``[B,2,H,W]`` float32 in pixels, x first: where a pixel of ``image1`` lies in ``image2``.
 
-        Images are ``[H,W,3]`` uint8, RGB.
+        Images are ``[B,3,H,W]`` uint8, RGB.
         """
         ...

@@ -27,7 +27,7 @@ class _Frame:
     image: np.ndarray  # [H,W,3] uint8; the hole is filled by inpainting
     mask: np.ndarray  # [H,W] bool
     visible: torch.Tensor  # [1,1,H,W]: 1 where pixels may be taken from, else 0
-    # [1,3,H,W]: flow to the next and the previous frame and its error. None at the end of the clip.
+    # [1,3,H,W]: flow to the next and the previous frame and its error, once they were needed.
     forward: torch.Tensor | None = None
     backward: torch.Tensor | None = None
 
@@ -70,8 +70,6 @@ class Propagator:
         window: deque[_Frame] = deque()
         centre = 0
         for frame in _prepared(frames, masks):
-            if window:
-                self._connect(window[-1], frame)
             window.append(frame)
             if len(window) - centre > self.radius:
                 yield self._repair(window, centre)
@@ -81,10 +79,6 @@ class Propagator:
                 centre -= 1
         for index in range(centre, len(window)):
             yield self._repair(window, index)
-
-    def _connect(self, first: _Frame, second: _Frame) -> None:
-        flows = connect(self.estimator, (first.image, second.image), (first.mask, second.mask))
-        first.forward, second.backward = flows.forward, flows.backward
 
     def _repair(self, window: deque[_Frame], centre: int) -> np.ndarray:
         frame = window[centre]
@@ -126,31 +120,31 @@ class Propagator:
         columns = torch.arange(box[1].start, box[1].stop)
         flow = torch.zeros(1, 2, *hole.shape[2:])
         error = torch.zeros(1, 1, *hole.shape[2:])
-        onward = _onward(window[centre], step)[..., box[0], box[1]] if reach else flow
         wanted = hole
-        for distance in range(1, reach + 1):
-            flow, error = flow + onward[:, :2], error + onward[:, 2:3]
+        for index in range(centre, centre + step * reach, step):
+            if not wanted.any():
+                return
+            onward = sample_maps([self._onward(window, index, step)], flow, box)
+            flow, error = flow + onward[:, :2], error + onward[:, 2:]
             x, y = columns + flow[:, :1], rows + flow[:, 1:]
             inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
             wanted = wanted & inside & (error < ERROR_LIMIT)  # NaN is neither
-            if not wanted.any():
-                return
-            frame = window[centre + step * distance]
-            maps = [frame.visible] if distance == reach else [frame.visible, _onward(frame, step)]
-            sample = sample_maps(maps, flow, box)
-            found = wanted & (sample[:, :1] > 0.999)  # no mixture of visible and hidden pixels
+            frame = window[index + step]
+            # No mixtures of visible and hidden pixels.
+            found = wanted & (sample_maps([frame.visible], flow, box) > 0.999)
             if found.any():
                 share = torch.where(found, 1 / (1 + (error / ERROR_SCALE) ** 2), 0)
                 total += share * sample_colour(frame.image, flow, box)
                 weight += share
                 wanted = wanted & ~found
-            onward = sample[:, 1:]
 
-
-def _onward(frame: _Frame, step: int) -> torch.Tensor:
-    onward = frame.forward if step > 0 else frame.backward
-    assert onward is not None
-    return onward
+    def _onward(self, window: deque[_Frame], index: int, step: int) -> torch.Tensor:
+        """Flow and error from frame ``index`` of the window to its neighbour."""
+        first, second = (window[index], window[index + 1]) if step > 0 else (window[index - 1], window[index])
+        if first.forward is None or second.backward is None:
+            flows = connect(self.estimator, (first.image, second.image), (first.mask, second.mask))
+            first.forward, second.backward = flows.forward, flows.backward
+        return first.forward if step > 0 else second.backward
 
 
 def _prepared(frames: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> Iterator[_Frame]:

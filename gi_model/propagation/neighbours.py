@@ -7,14 +7,16 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from gi_kernels import complete_flow, flow_consistency
+from gi_kernels import complete_flow, flow_consistency, flow_warp
 from gi_model.flow import FlowEstimator
 from gi_model.propagation.sampling import bounding_box
 
-# Around a hole the flow is not trusted either, because the estimator's coarse patches reach into it:
-# this share of the frame's shorter side, at least so many pixels.
-MARGIN, LEAST_MARGIN = 0.08, 6
+# Around a hole the flow is not trusted either, because the estimator's patches reach into it: shares of
+# the frame's shorter side. Far at first, where filled holes move with the mask instead of the scene;
+# near once they were filled again.
+FAR, NEAR = 0.1, 0.03
 # Width, as a share of the same side, of the ring around it that the motion model is fitted to.
 RING = 0.06
 # Pixels of the ring used for the fit.
@@ -40,18 +42,61 @@ def connect(
     """Flow between two images [H,W,3] whose masked regions [H,W] were filled by a guess.
 
     In and around the masks the estimate is replaced by one that continues the motion around them.
+    This is done twice: a coarse flow first fills the holes with what the other image shows there, so
+    that their contents move with the scene, and not with the masks, when the flow is estimated.
     """
-    forward, backward = (
-        continue_flow(torch.from_numpy(estimator(images[i], images[1 - i]))[None], masks[i]) for i in (0, 1)
-    )
+    pair = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2))  # [2,3,H,W]
+    if any(mask.any() for mask in masks):
+        pair = _fill_from_each_other(pair, masks, _continued(_coarse_flow(estimator, pair), masks, FAR))
+    forward, backward = _continued(estimator(pair, pair.flip(0)), masks, NEAR)
     return Flows(
         torch.cat([forward, flow_consistency(forward, backward)], dim=1),
         torch.cat([backward, flow_consistency(backward, forward)], dim=1),
     )
 
 
-def continue_flow(flow: torch.Tensor, mask: np.ndarray) -> torch.Tensor:
+def _coarse_flow(estimator: FlowEstimator, pair: torch.Tensor) -> torch.Tensor:
+    """Flow [2,2,H,W] of a pair [2,3,H,W] and back, estimated at half the size."""
+    height, width = pair.shape[2:]
+    size = (height + 1) // 2, (width + 1) // 2
+    small = F.interpolate(pair.float(), size, mode="bilinear", antialias=True).round().byte()
+    flow = F.interpolate(estimator(small, small.flip(0)), (height, width), mode="bilinear")
+    return flow * torch.tensor([width / size[1], height / size[0]])[:, None, None]
+
+
+def _continued(
+    flows: torch.Tensor, masks: tuple[np.ndarray, np.ndarray], margin: float
+) -> list[torch.Tensor]:
+    """Both flows [2,2,H,W] continued into the masks: two of [1,2,H,W]."""
+    return [continue_flow(flows[i : i + 1], mask, margin) for i, mask in enumerate(masks)]
+
+
+def _fill_from_each_other(
+    pair: torch.Tensor, masks: tuple[np.ndarray, np.ndarray], flows: list[torch.Tensor]
+) -> torch.Tensor:
+    """The images [2,3,H,W] with the same contents in both holes.
+
+    The first hole takes what the second image shows, and keeps its guess where that is hidden too.
+    The second hole then takes everything from the first image.
+    """
+    first, second = pair[:1].float(), pair[1:].float()
+    holes = [torch.from_numpy(mask)[None, None] for mask in masks]
+    shown = (~holes[1]).float()
+    first = _replace(first, holes[0], flow_warp(torch.cat([second, shown], dim=1), flows[0]))
+    everything = torch.ones_like(shown)
+    second = _replace(second, holes[1], flow_warp(torch.cat([first, everything], dim=1), flows[1]))
+    return torch.cat([first, second]).round().byte()
+
+
+def _replace(image: torch.Tensor, hole: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """``image`` with the hole taken from ``sample`` [1,4,H,W] where its last channel says it is known."""
+    return torch.where(hole & (sample[:, 3:] > 0.999), sample[:, :3], image)
+
+
+def continue_flow(flow: torch.Tensor, mask: np.ndarray, margin: float = NEAR) -> torch.Tensor:
     """Flow [1,2,H,W] with the region of ``mask`` [H,W] and its surroundings continued from outside.
+
+    The surroundings reach ``margin`` times the frame's shorter side.
 
     Per connected region: an affine motion fitted to a ring around it, plus what ``complete_flow``
     makes of the remainder. The affine part carries pans, zooms and turns across the hole, where an
@@ -60,7 +105,7 @@ def continue_flow(flow: torch.Tensor, mask: np.ndarray) -> torch.Tensor:
     if not mask.any():
         return flow
     side = min(mask.shape)
-    distrusted = dilate(mask, max(LEAST_MARGIN, round(MARGIN * side)))
+    distrusted = dilate(mask, max(2, round(margin * side)))
     ring = max(4, round(RING * side))
     flow = flow.clone()
     estimated = flow[0].numpy().copy()
