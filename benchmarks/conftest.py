@@ -27,6 +27,7 @@ BUDGET = {"small": 0.06, "typical": 0.4, "large": 0.3}
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gi-kernels benchmarks")
     group.addoption("--device", help="cpu or cuda; by default cuda where there is one")
+    group.addoption("--threads", type=int, help="of PyTorch; by default one per core of this process")
     group.addoption("--effort", type=float, default=1.0, help="factor on the timing budget of each case")
     group.addoption(
         "--compile-all",
@@ -40,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "floors: the speed that must be reached, by the latest results")
+    torch.set_num_threads(config.getoption("--threads") or machine.cores())
     chosen = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
     config.stash[_RESULTS] = {"device": torch.device(chosen), "cases": [], "deselected": 0}
 

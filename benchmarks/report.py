@@ -55,7 +55,7 @@ def floors(loaded: Iterable[tuple[Path, Mapping[str, Any]]]) -> int:
         verdicts = judge(results)
         reached = sum(v.reached for v in verdicts)
         about = results["machine"]
-        print(f"{about['device']}, {about['threads']} threads, commit {about['commit']} ({file}):")
+        print(f"{about['device']}, {threads(about)}, commit {about['commit']} ({file}):")
         for verdict in verdicts:
             print(f"  {verdict}")
         print(f"  {reached} of {len(verdicts)} floors reached")
@@ -98,7 +98,7 @@ def preface(results: Mapping[str, Any]) -> list[str]:
     """Machine, versions and limits in a few lines."""
     m, r = results["machine"], results["roofline"]
     about = (
-        f"{m['device']}, {m['cores']} cores, {m['threads']} threads, {m['system']}, torch {m['torch']}, "
+        f"{m['device']}, {m['cores']} cores, {threads(m)}, {m['system']}, torch {m['torch']}, "
         f"Python {m['python']}, commit {m['commit']}, {results['time']}."
     )
     if "gpu" in m:
@@ -108,6 +108,11 @@ def preface(results: Mapping[str, Any]) -> list[str]:
         f"{r['float32_flops'] / 1e9:.0f} GFLOP/s in float32, {r['bfloat16_flops'] / 1e9:.0f} in bfloat16."
     )
     return [about, limits, "", NOTES]
+
+
+def threads(machine: Mapping[str, Any]) -> str:
+    """Number of threads with its noun."""
+    return f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
 
 
 def section(readme: Path, loaded: Iterable[tuple[Path, Mapping[str, Any]]]) -> None:
@@ -172,8 +177,8 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
     axes.set_xlabel("times as fast as the published formulation in eager PyTorch (median)")
-    axes.set_title(f"{results['machine']['device']}, {results['machine']['threads']} threads", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set_title(f"{results['machine']['device']}, {threads(results['machine'])}", fontsize=10)
+    axes.legend(fontsize=8, loc="best")
     figure.tight_layout()
     figure.savefig(file, dpi=130)
     plt.close(figure)
