@@ -15,8 +15,8 @@ from gi_model.propagation.sampling import bounding_box
 
 # Around a hole the flow is not trusted either, because the estimator's patches reach into it: shares of
 # the frame's shorter side. Far at first, where filled holes move with the mask instead of the scene;
-# near once they were filled again.
-FAR, NEAR = 0.1, 0.03
+# nearer every time that they have been filled again.
+FAR, NEAR = (0.15, 0.06), 0.03
 # Width, as a share of the same side, of the ring around it that the motion model is fitted to.
 RING = 0.06
 # Pixels of the ring used for the fit.
@@ -42,12 +42,14 @@ def connect(
     """Flow between two images [H,W,3] whose masked regions [H,W] were filled by a guess.
 
     In and around the masks the estimate is replaced by one that continues the motion around them.
-    This is done twice: a coarse flow first fills the holes with what the other image shows there, so
-    that their contents move with the scene, and not with the masks, when the flow is estimated.
+    Before that, coarse flows fill the holes with what the other image shows there, so that their
+    contents move with the scene, and not with the masks, when the flow is estimated.
     """
     pair = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2))  # [2,3,H,W]
     if any(mask.any() for mask in masks):
-        pair = _fill_from_each_other(pair, masks, _continued(_coarse_flow(estimator, pair), masks, FAR))
+        for margin in FAR:
+            flows = _continued(_coarse_flow(estimator, pair), masks, margin)
+            pair = _fill_from_each_other(pair, masks, flows)
     forward, backward = _continued(estimator(pair, pair.flip(0)), masks, NEAR)
     return Flows(
         torch.cat([forward, flow_consistency(forward, backward)], dim=1),
