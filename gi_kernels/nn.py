@@ -313,7 +313,7 @@ class WindowWrite(nn.Module):
         square = ((gates**2).sum(3)[..., None] * v**2).sum((0, 1)).flatten() / count
         variance = (square - mean**2).clamp(min=0)
         norm = self.ln1
-        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        if norm.track_running_stats and norm.running_mean is not None:
             with torch.no_grad():
                 norm.num_batches_tracked.add_(1)
                 share = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.double()

@@ -397,6 +397,19 @@ def assert_as_good(actual, raw, expected):
             assert 1 - similarity <= max(1e-3, 2 * (1 - theirs)), f"{name}: cosine {similarity:.6f}"
 
 
+@each(WRITE[:2])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_synchronised_norms(case, training):
+    """In training the norm itself is called, since its statistics span devices; in eval they are known."""
+    layer, inputs = case.make()
+    turned = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(layer)).train(training)
+    calls = []
+    turned.ln1.register_forward_hook(lambda *_: calls.append(1))
+    actual = results(case.call, turned, inputs)
+    assert_close(actual, results(plainly(case), layer.train(training), inputs), EXACT)
+    assert len(calls) == training
+
+
 def test_statistics_survive_a_mean_far_above_the_deviation():
     """In float32, r varies by 1e-3 around 50: its variance would drown in a float32 difference."""
     torch.manual_seed(0)
