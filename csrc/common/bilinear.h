@@ -5,6 +5,13 @@
 
 GI_BEGIN_VARIANT
 
+// The largest integer that is at most x, which must be in range: truncation needs no library call.
+template <class I, class A>
+GI_HOST_DEVICE I floor_of(A x) {
+  const I whole = static_cast<I>(x);
+  return A(whole) > x ? whole - 1 : whole;
+}
+
 // The four taps of one sampling position in an H x W frame. Taps are ordered (y0,x0), (y0,x1),
 // (y1,x0), (y1,x1). A tap outside the frame has `inside` false and must be treated as a zero, not
 // read: the frame may hold infinities.
@@ -40,11 +47,8 @@ GI_HOST_DEVICE Taps<A> bilinear_taps(A x, A y, int height, int width) {
     t.inside[0] = t.inside[1] = t.inside[2] = t.inside[3] = false;
     return t;
   }
-  // Floor by truncation: no library call.
-  t.x0 = static_cast<int>(x);
-  if (A(t.x0) > x) --t.x0;
-  t.y0 = static_cast<int>(y);
-  if (A(t.y0) > y) --t.y0;
+  t.x0 = floor_of<int>(x);
+  t.y0 = floor_of<int>(y);
   t.fx = x - A(t.x0);
   t.fy = y - A(t.y0);
   const bool left = t.x0 >= 0, right = t.x0 + 1 < width;

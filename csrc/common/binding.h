@@ -33,8 +33,7 @@ inline Array array_of(const at::Tensor& t) {
   Array a;
   a.data = t.data_ptr();
   a.dtype = dtype_of(t);
-  a.rank = static_cast<int>(t.dim());
-  for (int i = 0; i < a.rank; ++i) {
+  for (int i = 0; i < t.dim(); ++i) {
     a.size[i] = t.size(i);
     a.stride[i] = t.stride(i);
   }
@@ -54,6 +53,16 @@ inline at::Tensor advise_huge_pages(at::Tensor t) {
 }
 
 inline at::Tensor empty_output_like(const at::Tensor& t) { return advise_huge_pages(at::empty_like(t)); }
+
+// An uninitialised gradient with the layout of `t`, or contiguous; with no element where none is
+// wanted: operators cannot return nothing.
+inline at::Tensor empty_gradient(const at::Tensor& t, bool wanted) {
+  return wanted ? empty_output_like(t) : at::empty({0}, t.options());
+}
+
+inline at::Tensor empty_contiguous_gradient(const at::Tensor& t, bool wanted) {
+  return wanted ? advise_huge_pages(at::empty(t.sizes(), t.options())) : at::empty({0}, t.options());
+}
 
 // Runs kernel(arguments, begin, end) over [0, items) on torch's threads.
 template <class Kernel, class Arguments>

@@ -28,7 +28,6 @@ enum class Dtype { f32, f64, bf16, f16 };
 struct Array {
   void* data = nullptr;
   Dtype dtype = Dtype::f32;
-  int rank = 0;
   i64 size[6] = {};
   i64 stride[6] = {};
 };

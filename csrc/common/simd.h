@@ -188,6 +188,21 @@ template <class A> GI_HOST_DEVICE Vec<A> vexp(const Vec<A>& x) {
   return x != x ? x : y;
 }
 
+// Which lanes of two rows, numbered one after the other, a butterfly of width `step` takes for the
+// first and for the second result: it swaps the off-diagonal blocks.
+template <class A> struct Butterfly {
+  IntVec<A> low, high;
+
+  GI_HOST_DEVICE explicit Butterfly(int step) {
+    constexpr int L = kLanes<A>;
+    IntVec<A> lane;
+    for (int j = 0; j < L; ++j) lane[j] = j;
+    const IntVec<A> clear = (lane & step) == 0;
+    low = clear ? lane : lane - step + L;
+    high = clear ? lane + step : lane + L;
+  }
+};
+
 // Transposes a kLanes x kLanes block held in registers.
 template <class A> GI_HOST_DEVICE void transpose(Vec<A>* rows) {
   constexpr int L = kLanes<A>;
@@ -197,22 +212,37 @@ template <class A> GI_HOST_DEVICE void transpose(Vec<A>* rows) {
     for (int j = 0; j < L; ++j) block[j][i] = rows[i][j];
   for (int i = 0; i < L; ++i) rows[i] = load<A>(block[i]);
 #else
-  IntVec<A> lane;
-  for (int j = 0; j < L; ++j) lane[j] = j;
 #pragma GCC unroll 4
   for (int step = 1; step < L; step *= 2) {
-    // Lanes with the step's bit clear come from the first row, the others from the second.
-    const IntVec<A> clear = (lane & step) == 0;
-    const IntVec<A> low = clear ? lane : lane - step + L;
-    const IntVec<A> high = clear ? lane + step : lane + L;
+    const Butterfly<A> lanes(step);
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) {
       if (i & step) continue;
       const Vec<A> a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + step] = __builtin_shuffle(a, b, high);
+      rows[i] = __builtin_shuffle(a, b, lanes.low);
+      rows[i + step] = __builtin_shuffle(a, b, lanes.high);
     }
   }
+#endif
+}
+
+// Lane i of the result is the sum of the lanes of rows[i], for kLanes rows; these are overwritten.
+template <class A> GI_HOST_DEVICE Vec<A> sum_each_row(Vec<A>* rows) {
+  constexpr int L = kLanes<A>;
+#if defined(__clang__)
+  Vec<A> sums;
+  for (int i = 0; i < L; ++i) sums[i] = sum_lanes<A>(rows[i]);
+  return sums;
+#else
+#pragma GCC unroll 4
+  for (int step = 1; step < L; step *= 2) {
+    const Butterfly<A> lanes(step);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i += 2 * step)
+      rows[i] = __builtin_shuffle(rows[i], rows[i + step], lanes.low) +
+                __builtin_shuffle(rows[i], rows[i + step], lanes.high);
+  }
+  return rows[0];
 #endif
 }
 

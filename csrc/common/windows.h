@@ -316,10 +316,8 @@ GI_HOST_DEVICE void sum_each(const Vec<A>* v, A* sums) {
     Vec<A> block[L];
 #pragma GCC unroll 16
     for (int j = 0; j < L; ++j) block[j] = i + j < N ? v[i + j] : Vec<A>{};
-    transpose<A>(block);
-#pragma GCC unroll 16
-    for (int j = 1; j < L; ++j) block[0] += block[j];
-    for (int j = 0; j < L && i + j < N; ++j) sums[i + j] = block[0][j];
+    const Vec<A> total = sum_each_row<A>(block);
+    for (int j = 0; j < L && i + j < N; ++j) sums[i + j] = total[j];
   }
 }
 

@@ -18,8 +18,8 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
                                             const at::Tensor& mask, bool need_flow, bool need_mask) {
   const at::Tensor flow = flow_.contiguous();
   const i64 B = mask.size(0), h = mask.size(2), w = mask.size(3);
-  at::Tensor grad_flow = need_flow ? at::empty(flow.sizes(), flow.options()) : at::empty({0}, flow.options());
-  at::Tensor grad_mask = need_mask ? at::empty_like(mask) : at::empty({0}, mask.options());
+  at::Tensor grad_flow = empty_contiguous_gradient(flow, need_flow);
+  at::Tensor grad_mask = empty_gradient(mask, need_mask);
   if (mask.numel() == 0) return {grad_flow, grad_mask};
   const auto& kernels = convex_upsample_kernels_for_this_cpu();
   ConvexUpsampleBackward a{array_of(grad), flow.const_data_ptr(), array_of(mask), {}, nullptr};

@@ -43,11 +43,10 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> backward(const at::Tensor& grad,
   std::vector<at::Tensor> grad_volumes;
   std::vector<void*> pointers;
   for (const at::Tensor& v : volumes) {
-    grad_volumes.push_back(
-        advise_huge_pages(at::empty(need_volumes ? v.sizes() : at::IntArrayRef{0}, v.options())));
+    grad_volumes.push_back(empty_contiguous_gradient(v, need_volumes));
     pointers.push_back(grad_volumes.back().data_ptr());
   }
-  at::Tensor grad_coords = at::empty(need_coords ? coords.sizes() : at::IntArrayRef{0}, coords.options());
+  at::Tensor grad_coords = empty_contiguous_gradient(coords, need_coords);
   if (coords.numel() == 0) return {grad_volumes, grad_coords};
   const auto& kernels = correlation_lookup_kernels_for_this_cpu();
   const std::vector<Array> arrays = arrays_of(volumes);
@@ -97,12 +96,10 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor> on_demand_backward(
     i64 radius, bool need_features1, bool need_features2, bool need_coords) {
   const at::Tensor coords = coords_.contiguous();
   const LookupWindow window = window_of(coords, features2.size(), radius);
-  at::Tensor grad_features1 =
-      need_features1 ? at::empty_like(features1) : at::empty({0}, features1.options());
+  at::Tensor grad_features1 = empty_gradient(features1, need_features1);
   std::vector<at::Tensor> grad_features2;
-  for (const at::Tensor& f : features2)
-    grad_features2.push_back(need_features2 ? at::empty_like(f) : at::empty({0}, f.options()));
-  at::Tensor grad_coords = at::empty(need_coords ? coords.sizes() : at::IntArrayRef{0}, coords.options());
+  for (const at::Tensor& f : features2) grad_features2.push_back(empty_gradient(f, need_features2));
+  at::Tensor grad_coords = empty_contiguous_gradient(coords, need_coords);
   if (coords.numel() == 0) {
     for (at::Tensor& g : grad_features2) g.zero_();
     return {grad_features1, grad_features2, grad_coords};

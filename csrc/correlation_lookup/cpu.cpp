@@ -23,28 +23,6 @@ GI_HOST_DEVICE IntVec<A> lanes_from(i64 first) {
   return lane;
 }
 
-// Sums the lanes of kLanes vectors: lane i of the result is the sum of rows[i].
-template <class A> GI_HOST_DEVICE Vec<A> sum_rows(Vec<A>* rows) {
-  constexpr int L = kLanes<A>;
-#if defined(__clang__)
-  Vec<A> sums;
-  for (int i = 0; i < L; ++i) sums[i] = sum_lanes<A>(rows[i]);
-  return sums;
-#else
-  const IntVec<A> lane = lanes_from<A>(0);
-#pragma GCC unroll 4
-  for (int step = 1; step < L; step *= 2) {
-    const IntVec<A> clear = (lane & step) == 0;
-    const IntVec<A> low = clear ? lane : lane - step + L;
-    const IntVec<A> high = clear ? lane + step : lane + L;
-#pragma GCC unroll 16
-    for (int i = 0; i < L; i += 2 * step)
-      rows[i] = __builtin_shuffle(rows[i], rows[i + step], low) + __builtin_shuffle(rows[i], rows[i + step], high);
-  }
-  return rows[0];
-#endif
-}
-
 // Sizes of a window and of the buffers it is worked on in. A row of a patch has `stride` numbers:
 // its n, zeros up to whole vectors, and a vector more, so that rows can be read one to the right.
 template <class A> struct Shape {
@@ -72,11 +50,8 @@ Place<A> place_of(A x, A y, const Shape<A>& shape, i64 height, i64 width) {
   const A reach = A(shape.radius);
   // Also true of positions that are not numbers. A sample is in reach from -1 up to the size.
   if (!(x >= -1 - reach && x < A(width) + reach && y >= -1 - reach && y < A(height) + reach)) return p;
-  // Floor by truncation: no library call.
-  p.x = static_cast<i64>(x);
-  if (A(p.x) > x) --p.x;
-  p.y = static_cast<i64>(y);
-  if (A(p.y) > y) --p.y;
+  p.x = floor_of<i64>(x);
+  p.y = floor_of<i64>(y);
   p.fx = x - A(p.x);
   p.fy = y - A(p.y);
   p.x -= shape.radius;
@@ -402,7 +377,7 @@ GI_HOST_DEVICE void dots(const A* vector, const A* rows, i64 step, i64 channels,
 #pragma GCC unroll 16
     for (int k = 0; k < count; ++k) sums[k] += v * load<A>(rows + k * step + c);
   }
-  const Vec<A> total = sum_rows<A>(sums);
+  const Vec<A> total = sum_each_row<A>(sums);
   if constexpr (count == L) store<A>(out, total);
   else
     for (int k = 0; k < count; ++k) out[k] = total[k];

@@ -49,11 +49,9 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& features, const at:
                    const at::Tensor& value_bias, bool need_sources, bool need_maps) {
   const Contiguous t{flows_.contiguous(), errors_.contiguous(), key_error_weight.contiguous(),
                      value_error_weight.contiguous(), value_bias.contiguous()};
-  const at::Tensor none = at::empty({0}, keys.options()), no_map = at::empty({0}, flows_.options());
-  at::Tensor grad_keys = need_sources ? empty_output_like(keys) : none;
-  at::Tensor grad_values = need_sources ? empty_output_like(values) : none;
-  at::Tensor grad_flows = need_maps ? at::empty(t.flows.sizes(), t.flows.options()) : no_map;
-  at::Tensor grad_errors = need_maps ? at::empty(t.errors.sizes(), t.errors.options()) : no_map;
+  at::Tensor grad_keys = empty_gradient(keys, need_sources), grad_values = empty_gradient(values, need_sources);
+  at::Tensor grad_flows = empty_contiguous_gradient(t.flows, need_maps);
+  at::Tensor grad_errors = empty_contiguous_gradient(t.errors, need_maps);
   const i64 B = keys.size(0), T = keys.size(1), C = keys.size(2), H = keys.size(3), W = keys.size(4);
   if (keys.numel() == 0)
     return {grad_keys, grad_values, grad_flows.zero_(), grad_errors.zero_(), at::zeros({3, C}, t.flows.options())};

@@ -18,8 +18,8 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& flow_) {
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& input,
                                             const at::Tensor& flow_, bool need_input, bool need_flow) {
   const at::Tensor flow = flow_.contiguous();
-  at::Tensor grad_input = need_input ? empty_output_like(input) : at::empty({0}, input.options());
-  at::Tensor grad_flow = need_flow ? at::empty(flow.sizes(), flow.options()) : at::empty({0}, flow.options());
+  at::Tensor grad_input = empty_gradient(input, need_input);
+  at::Tensor grad_flow = empty_contiguous_gradient(flow, need_flow);
   if (input.numel() == 0) return {grad_input, grad_flow.zero_()};
   const auto& kernels = flow_warp_kernels_for_this_cpu();
   const i64 B = input.size(0), H = input.size(2), W = input.size(3);

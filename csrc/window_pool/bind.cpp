@@ -17,8 +17,8 @@ at::Tensor forward(const at::Tensor& logits, const at::Tensor& features, int64_t
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& logits,
                                             const at::Tensor& features, int64_t rows, int64_t columns,
                                             bool need_logits, bool need_features) {
-  at::Tensor grad_logits = need_logits ? at::empty_like(logits) : at::empty({0}, logits.options());
-  at::Tensor grad_features = need_features ? at::empty_like(features) : at::empty({0}, features.options());
+  at::Tensor grad_logits = empty_gradient(logits, need_logits);
+  at::Tensor grad_features = empty_gradient(features, need_features);
   if (grad.numel() == 0) return {grad_logits.zero_(), grad_features.zero_()};
   const auto& kernels = window_pool_kernels_for_this_cpu();
   WindowPoolBackward a{array_of(grad), array_of(logits), array_of(features), rows, columns, {}, {}};

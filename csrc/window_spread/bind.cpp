@@ -20,8 +20,8 @@ at::Tensor forward(const at::Tensor& logits, const at::Tensor& latents, int64_t 
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& logits,
                                             const at::Tensor& latents, int64_t rows, int64_t columns,
                                             bool need_logits, bool need_latents) {
-  at::Tensor grad_logits = need_logits ? at::empty_like(logits) : at::empty({0}, logits.options());
-  at::Tensor grad_latents = at::empty(need_latents ? latents.sizes() : at::IntArrayRef({0}), latents.options());
+  at::Tensor grad_logits = empty_gradient(logits, need_logits);
+  at::Tensor grad_latents = empty_contiguous_gradient(latents, need_latents);
   if (latents.numel() == 0) return {grad_logits.zero_(), grad_latents};
   const auto& kernels = window_spread_kernels_for_this_cpu();
   WindowSpreadBackward a{array_of(grad), array_of(logits), array_of(latents), rows, columns, {}, {}};

@@ -51,8 +51,8 @@ MUTANTS = (
     Mutant(
         "truncation instead of floor",
         "common/bilinear.h",
-        "if (A(t.y0) > y) --t.y0;",
-        "",
+        "t.y0 = floor_of<int>(y);",
+        "t.y0 = static_cast<int>(y);",
         "flow_warp",
     ),
     Mutant(
