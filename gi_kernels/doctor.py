@@ -186,11 +186,12 @@ def _judge_environment(report: Report) -> None:
 def _try_operators(report: Report) -> None:
     """Run one small call of every operator on every backend of the CPU against the definition."""
     from gi_kernels.spec import all_specs
+    from gi_kernels.testing.calls import map_tensors
 
     for name, spec in all_specs().items():
         sample = spec.of_size("small")[0]
         arguments = sample.make(torch.float32)
-        expected = spec.reference(**{k: _double(v) for k, v in arguments.items()})
+        expected = spec.reference(**map_tensors(lambda _, t: t.double(), arguments))
         for backend in dispatch.available_backends(sample.served_by or name):
             try:
                 with dispatch.backend(backend):
@@ -202,14 +203,6 @@ def _try_operators(report: Report) -> None:
             allowed = spec.tolerance[torch.float32] * max(1.0, expected.abs().max().item()) * sample.condition
             if not error <= allowed:
                 report.problems.append(Problem(f"{name} on {backend} {why}", REINSTALL))
-
-
-def _double(value: object) -> object:
-    if isinstance(value, torch.Tensor):
-        return value.double()
-    if isinstance(value, list | tuple):
-        return [_double(v) for v in value]
-    return value
 
 
 def _capability() -> str | None:

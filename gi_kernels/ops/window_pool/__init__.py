@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from gi_kernels import checks, dispatch, native
@@ -68,16 +71,20 @@ def _fake_backward(grad, logits, features, rows, columns, need_logits, need_feat
     )
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
-    ctx.windows = inputs[2:]
+def autograd(backward_name: str) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """``setup_context`` and ``backward`` of an operator on two tensors and a number of windows each way."""
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.windows = inputs[2:]
+
+    def backward(ctx, grad):
+        need = ctx.needs_input_grad[:2]
+        gradients = getattr(torch.ops.gi, backward_name)(grad, *ctx.saved_tensors, *ctx.windows, *need)
+        return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), None, None
+
+    return setup_context, backward
 
 
-def _backward(ctx, grad):
-    need = ctx.needs_input_grad[:2]
-    gradients = torch.ops.gi.window_pool_backward(grad, *ctx.saved_tensors, *ctx.windows, *need)
-    return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), None, None
-
-
-native.register("window_pool", _fake, _setup_context, _backward)
+native.register("window_pool", _fake, *autograd("window_pool_backward"))
 native.register("window_pool_backward", _fake_backward)

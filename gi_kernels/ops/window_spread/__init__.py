@@ -7,7 +7,7 @@ from math import isqrt
 import torch
 
 from gi_kernels import checks, dispatch, native
-from gi_kernels.ops.window_pool import check_windows
+from gi_kernels.ops.window_pool import autograd, check_windows
 from gi_kernels.ops.window_spread import reference
 from gi_kernels.precision import autocast
 
@@ -76,16 +76,5 @@ def _fake_backward(grad, logits, latents, rows, columns, need_logits, need_laten
     )
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
-    ctx.windows = inputs[2:]
-
-
-def _backward(ctx, grad):
-    need = ctx.needs_input_grad[:2]
-    gradients = torch.ops.gi.window_spread_backward(grad, *ctx.saved_tensors, *ctx.windows, *need)
-    return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), None, None
-
-
-native.register("window_spread", _fake, _setup_context, _backward)
+native.register("window_spread", _fake, *autograd("window_spread_backward"))
 native.register("window_spread_backward", _fake_backward)
