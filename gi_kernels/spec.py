@@ -110,8 +110,6 @@ class OperatorSpec:
     autocast: bool = False
     #: Whether results on the way take the storage dtype too, which its rounding then limits.
     stores_intermediates: bool = False
-    #: Whether every result that depends on a NaN is NaN. Others never are.
-    propagates_nan: bool = True
     #: Arguments that hold flows or coordinates, and the argument that each of them samples.
     positions: Mapping[str, str] = field(default_factory=dict)
     #: Largest error allowed against the float64 reference, relative to its largest magnitude.

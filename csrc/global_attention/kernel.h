@@ -1,4 +1,4 @@
-// Merging attention over segments by their log-sum-exp.
+// Attention over segments of keys and values: arguments and the table of CPU kernels.
 #pragma once
 
 #include "common/platform.h"
@@ -6,20 +6,28 @@
 
 namespace gi {
 
-struct MergeAttention {
-  i64 batch, heads, queries, dim;
+struct AttentionForward {
+  Array query;  // [B,h,N,d]
   i64 segments;
-  // Per segment: output [B,h,N,d] and log-sum-exp [B,h,N] (float32, or float64 for float64 outputs).
-  const Array* outputs;
-  const Array* log_sums;
-  Array output;   // [B,h,N,d], last dimension contiguous
-  Array log_sum;  // [B,h,N]
+  const Array *keys, *values;  // [B,h,M,d] each
+  i64 item_queries;            // queries of one piece of work; does not change the result
+  Array output;                // [B,h,N,d]
+  void* log_sum;               // log-sum-exp of the scores, [B,h,N], contiguous, accumulation type
 };
 
-struct MergeAttentionKernels {
-  void (*merge)(const MergeAttention&, i64 begin, i64 end);  // items are B * N
+struct AttentionBackward {
+  AttentionForward forward;
+  Array grad;                            // [B,h,N,d]
+  Array grad_query;                      // [B,h,N,d]
+  const Array *grad_keys, *grad_values;  // [B,h,M,d] each
+};
+
+struct AttentionKernels {
+  i64 (*forward_items)(const AttentionForward&);
+  void (*forward)(const AttentionForward&, i64 begin, i64 end);
+  void (*backward)(const AttentionBackward&, i64 begin, i64 end);  // items are B * h
 };
 
 }  // namespace gi
 
-GI_DECLARE_KERNELS(MergeAttentionKernels, merge_attention_kernels)
+GI_DECLARE_KERNELS(AttentionKernels, attention_kernels)

@@ -21,8 +21,8 @@ def global_attention(
     .. math:: out = \mathrm{softmax}(q k^T / \sqrt{d}) \, v, \quad
         k = [k_1; \dots; k_S], \; v = [v_1; \dots; v_S]
 
-    The segments are never concatenated and no score matrix is kept: each segment is attended to
-    by itself and the results are merged exactly by their log-sum-exp.
+    The segments are never concatenated and no score matrix is kept: the softmax goes on from one
+    block of keys to the next.
 
     Args:
         query: ``[B, h, N, d]``, float32, float64, bfloat16 or float16, any strides.
@@ -33,15 +33,13 @@ def global_attention(
     Returns:
         ``[B, h, N, d]`` in the dtype of ``query``. Under autocast all three are cast to its dtype.
 
-    Differentiable once in all arguments. A NaN among the query and keys may be lost in segments that
-    are no multiple of 16 keys: PyTorch's flash attention for the CPU takes such a row for one that is
-    masked and gives zero.
+    Differentiable once in all arguments.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, dtype or device, or no key.
 
-    Source: Dao, "FlashAttention-2", 2023; merging of partial softmaxes as in Milakov and
-    Gimelshein, "Online normalizer calculation for softmax", 2018.
+    Source: Dao, "FlashAttention-2", 2023; Milakov and Gimelshein, "Online normalizer calculation for
+    softmax", 2018.
     """
     keys, values = checks.tensor_sequence("keys", keys), checks.tensor_sequence("values", values)
     if len(keys) != len(values):
@@ -70,7 +68,7 @@ OPERATOR = dispatch.Operator("global_attention", {"cpp": _cpp, "reference": refe
 
 def _fake(query, keys, values):
     B, h, N, d = query.shape
-    log_sum = query.new_empty(B, N, h, dtype=accumulation_dtype(query.dtype)).transpose(1, 2)
+    log_sum = query.new_empty(B, h, N, dtype=accumulation_dtype(query.dtype))
     return query.new_empty(B, N, h, d).transpose(1, 2), log_sum
 
 
