@@ -29,6 +29,8 @@ PUBLISHED: dict[str, Callable[..., torch.Tensor]] = {
     "flow_consistency": published.published_flow_consistency,
     "flow_warp": published.published_flow_warp,
     "global_attention": published.published_global_attention,
+    "pixel_projection": published.published_pixel_projection,
+    "projected_aggregation": published.published_projected_aggregation,
     "window_pool": published.published_window_pool,
     "window_spread": published.published_window_spread,
 }
@@ -38,6 +40,8 @@ MAPS = {
     "convex_upsample": ("mask",),
     "deformable_aggregation": ("features", "keys", "values"),
     "flow_warp": ("input",),
+    "pixel_projection": ("input",),
+    "projected_aggregation": ("features", "references"),
     "window_pool": ("logits", "features"),
     "window_spread": ("logits",),
 }

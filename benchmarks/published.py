@@ -78,6 +78,41 @@ def published_deformable_aggregation(
     return features + (torch.softmax(logits, dim=1) * content).sum(dim=1)
 
 
+def published_pixel_projection(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Input [N,C,H,W], weight [O,C] -> [N,O,H,W]: a 1x1 convolution."""
+    return F.conv2d(input, weight[..., None, None])
+
+
+def published_projected_aggregation(
+    features: torch.Tensor,
+    references: torch.Tensor,
+    key_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    flows: torch.Tensor,
+    errors: torch.Tensor,
+    key_error_weight: torch.Tensor,
+    value_error_weight: torch.Tensor,
+    value_bias: torch.Tensor,
+) -> torch.Tensor:
+    """The operator's arguments -> [B,C,H,W]: sample, join with the error, project, softmax, sum.
+
+    The layer without the target's part of the logits, which its softmax removes.
+    """
+    B, T, _, H, W = references.shape
+    source = published_flow_warp(references.flatten(0, 1), flows.flatten(0, 1))
+    error = F.interpolate(errors.flatten(0, 1), size=(H, W), mode="bilinear", align_corners=True)
+    joined = torch.cat([source, error.to(source.dtype)], dim=1)
+
+    def project(weight: torch.Tensor, error_weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        whole = torch.cat([weight, error_weight.to(weight.dtype)[:, None]], dim=1)[..., None, None]
+        bias = None if bias is None else bias.to(weight.dtype)
+        return F.conv2d(joined, whole, bias).view(B, T, -1, H, W)
+
+    logits = project(key_weight, key_error_weight, None)
+    content = project(value_weight, value_error_weight, value_bias)
+    return features + (torch.softmax(logits, dim=1) * content).sum(dim=1)
+
+
 def published_global_attention(
     query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
 ) -> torch.Tensor:

@@ -8,6 +8,8 @@ from gi_kernels.ops.deformable_aggregation import deformable_aggregation
 from gi_kernels.ops.flow_consistency import flow_consistency
 from gi_kernels.ops.flow_warp import flow_warp
 from gi_kernels.ops.global_attention import global_attention
+from gi_kernels.ops.pixel_projection import pixel_projection
+from gi_kernels.ops.projected_aggregation import projected_aggregation
 from gi_kernels.ops.window_pool import window_pool
 from gi_kernels.ops.window_spread import window_spread
 
@@ -25,6 +27,8 @@ __all__ = [
     "flow_consistency",
     "flow_warp",
     "global_attention",
+    "pixel_projection",
+    "projected_aggregation",
     "window_pool",
     "window_spread",
 ]

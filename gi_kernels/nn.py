@@ -23,6 +23,8 @@ from torch import nn
 from gi_kernels import checks
 from gi_kernels.ops.deformable_aggregation import deformable_aggregation
 from gi_kernels.ops.global_attention import global_attention
+from gi_kernels.ops.pixel_projection import pixel_projection
+from gi_kernels.ops.projected_aggregation import projected_aggregation
 from gi_kernels.ops.window_pool import window_pool
 from gi_kernels.ops.window_pool.reference import join_windows, split_windows
 from gi_kernels.ops.window_spread import window_spread
@@ -57,17 +59,18 @@ class DeformableAggregation(nn.Module):
     ) -> torch.Tensor:
         """``[B,C,H,W]``, ``[B,T,C,H,W]``, ``[B,T,2,h,w]`` (pixels), ``[B,T,1,h',w']`` -> ``[B,C,H,W]``."""
         self._check(features, flows, errors, references=references)
-        keys, values = self.project(references)
-        return self.aggregate(features, keys, values, flows, errors)
+        key_weight, value_weight = self._projections()
+        return projected_aggregation(
+            features, references, key_weight, value_weight, flows, errors, *self._vectors()
+        )
 
     def project(self, references: torch.Tensor) -> KeysValues:
         """Keys and values ``[B,T,C,H,W]`` of references, channels-last; they serve every target."""
         check_inputs(self.q.weight, ("references", references, f"B T {self.channels} H W"))
         B, T = references.shape[:2]
-        frames = references.flatten(0, 1)
-        keys = channels_last_pointwise(frames, self.q.weight[:, : self.channels])
-        values = channels_last_pointwise(frames, self.v.weight[:, : self.channels])
-        return keys.unflatten(0, (B, T)), values.unflatten(0, (B, T))
+        both = pixel_projection(references.flatten(0, 1), torch.cat(self._projections()))
+        keys, values = both.unflatten(0, (B, T)).split(self.channels, dim=2)
+        return keys, values
 
     def aggregate(
         self,
@@ -79,14 +82,19 @@ class DeformableAggregation(nn.Module):
     ) -> torch.Tensor:
         """The layer's result from what ``project`` returned."""
         self._check(features, flows, errors, keys=keys, values=values)
+        return deformable_aggregation(features, keys, values, flows, errors, *self._vectors())
+
+    def _projections(self) -> KeysValues:
+        """Weights ``[C, C]`` from a reference to its keys and values."""
+        return self.q.weight[:, : self.channels, 0, 0], self.v.weight[:, : self.channels, 0, 0]
+
+    def _vectors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights ``[C]`` of the flow error in keys and values, and the bias of values."""
         key_error_weight = self.q.weight[:, self.channels, 0, 0]
         # Ties q.bias to the graph: it gets a zero gradient, which data-parallel training waits for.
         chosen = torch.ones_like(key_error_weight, dtype=torch.bool)
         key_error_weight = torch.where(chosen, key_error_weight, self.q.bias)
-        value_error_weight = self.v.weight[:, self.channels, 0, 0]
-        return deformable_aggregation(
-            features, keys, values, flows, errors, key_error_weight, value_error_weight, self.v.bias
-        )
+        return key_error_weight, self.v.weight[:, self.channels, 0, 0], self.v.bias
 
     def _check(
         self, features: torch.Tensor, flows: torch.Tensor, errors: torch.Tensor, **frames: torch.Tensor
@@ -323,20 +331,6 @@ class WindowWrite(nn.Module):
                 ):
                     running.copy_(running + (new.to(running.dtype) - running) * share)
         return mean, variance
-
-
-def channels_last_pointwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """1x1 convolution of ``x`` [N,C,H,W] with ``weight`` [O,C,1,1] -> [N,O,H,W], channels-last.
-
-    A matrix product that reads ``x`` where it is, contiguous or channels-last.
-    """
-    weight = weight.flatten(1)
-    rows = x.flatten(2).transpose(1, 2)  # [N,HW,C]
-    if x.is_contiguous(memory_format=torch.channels_last) or rows.shape[0] == 0:
-        out = F.linear(rows, weight)
-    else:
-        out = torch.bmm(rows, weight.t().expand(rows.shape[0], -1, -1))
-    return out.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -465,6 +465,16 @@ def test_projections_can_be_kept(case, layout, backend):
     assert torch.equal(kept, layer.aggregate(features, keys, values, flows, errors)), "used twice"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_kept_projections_of_many_channels_are_the_same_numbers(dtype):
+    torch.manual_seed(0)
+    layer = nn.DeformableAggregation(300).to(dtype)
+    features, references = torch.randn(1, 300, 5, 6, dtype=dtype), torch.randn(1, 3, 300, 5, 6, dtype=dtype)
+    flows, errors = torch.randn(1, 3, 2, 5, 6, dtype=dtype), torch.rand(1, 3, 1, 5, 6, dtype=dtype)
+    kept = layer.aggregate(features, *layer.project(references), flows, errors)
+    assert torch.equal(kept, layer(features, references, flows, errors))
+
+
 def test_references_are_projected_independently():
     layer, (features, references, flows, errors) = AGGREGATION[0].make()
     parts = [layer.project(references[:, t : t + 1]) for t in range(references.shape[1])]

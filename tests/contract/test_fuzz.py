@@ -98,6 +98,27 @@ def aggregation(draw) -> tuple[dict[str, Any], None]:
 
 
 @st.composite
+def projection(draw) -> tuple[dict[str, Any], None]:
+    N, C = draw(st.integers(0, 3)), draw(channels)
+    return {"input": _tensor(N, C, draw(sizes), draw(sizes)), "weight": _tensor(draw(channels), C)}, None
+
+
+@st.composite
+def projected(draw) -> tuple[dict[str, Any], None]:
+    arguments, _ = draw(aggregation())
+    C, R = arguments["value_bias"][0][0], draw(channels)
+    (B, T, _, H, W), _ = arguments.pop("keys")
+    del arguments["values"]
+    first = {
+        "features": arguments.pop("features"),
+        "references": _tensor(B, T, R, H, W),
+        "key_weight": _tensor(C, R),
+        "value_weight": _tensor(C, R),
+    }
+    return first | arguments, None
+
+
+@st.composite
 def attention(draw) -> tuple[dict[str, Any], None]:
     B, h, N, d = draw(st.integers(0, 2)), draw(st.integers(1, 4)), draw(st.integers(1, 40)), draw(channels)
     lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any))
@@ -154,6 +175,8 @@ CALLS: dict[str, st.SearchStrategy] = {
     "flow_warp": warp(),
     "flow_consistency": consistency(),
     "deformable_aggregation": aggregation(),
+    "pixel_projection": projection(),
+    "projected_aggregation": projected(),
     "global_attention": attention(),
     "window_pool": windows(spread=False),
     "window_spread": windows(spread=True),
