@@ -88,7 +88,7 @@ class DeformableAggregation(nn.Module):
         """Weights ``[C, C]`` from a reference to its keys and values."""
         return self.q.weight[:, : self.channels, 0, 0], self.v.weight[:, : self.channels, 0, 0]
 
-    def _vectors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _vectors(self) -> tuple[torch.Tensor, ...]:
         """Weights ``[C]`` of the flow error in keys and values, and the bias of values."""
         key_error_weight = self.q.weight[:, self.channels, 0, 0]
         # Ties q.bias to the graph: it gets a zero gradient, which data-parallel training waits for.

@@ -8,15 +8,13 @@ at::Tensor pixels_of(const at::Tensor& t) {
   return t.reshape({t.size(0), 1, t.size(1), t.size(2) * t.size(3)}).transpose(2, 3);
 }
 
-bool is_low(const at::Tensor& t) { return t.scalar_type() != accumulation_type(t); }
-
-// [N,O,H,W], channels-last. In low precision PyTorch's products are the fastest.
+// [N,O,H,W], channels-last.
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight) {
   const i64 N = input.size(0), O = weight.size(0), C = weight.size(1), H = input.size(2), W = input.size(3);
   const at::Tensor pixels = pixels_of(input);
   at::Tensor rows;
   if (is_low(input)) {
-    rows = at::linear(pixels.squeeze(1), weight);
+    rows = project_low(pixels, weight);
   } else {
     rows = advise_huge_pages(at::empty({N, H * W, O}, input.options()));
     multiply(rows, pixels, weight.t().expand({N, 1, C, O}), false);

@@ -30,4 +30,15 @@ inline void multiply(const at::Tensor& c, const at::Tensor& a, const at::Tensor&
   run_items(kernels.items(p), kernels.multiply, p);
 }
 
+// pixels [N,1,P,C] times the transpose of weights [O,C] -> [N,P,O], by PyTorch, whose low-precision
+// products are the fastest. As one product of rows: more dimensions may be folded, or not, and rounded
+// accordingly.
+inline at::Tensor project_low(const at::Tensor& pixels, const at::Tensor& weights) {
+  const i64 N = pixels.size(0), P = pixels.size(2), C = pixels.size(3);
+  return at::linear(pixels.reshape({N * P, C}), weights).view({N, P, weights.size(0)});
+}
+
+// Whether sums are kept in a wider type than the tensor's own.
+inline bool is_low(const at::Tensor& t) { return t.scalar_type() != accumulation_type(t); }
+
 }  // namespace gi

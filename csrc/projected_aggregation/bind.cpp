@@ -66,14 +66,14 @@ at::Tensor forward(const at::Tensor& features, const at::Tensor& references, con
   if (output.numel() == 0) return output;
   const auto maps = AggregationMaps{flows, errors, key_error_weight, value_error_weight, value_bias}.contiguous();
   const i64 C = features.size(1);
-  const bool low = features.scalar_type() != accumulation_type(features);
+  const bool low = is_low(features);
   // PyTorch's products in low precision are the fastest, and want to be large.
   const i64 block = low ? C : std::min(kBlock, C);
   const Projection p(references, key_weight, value_weight, features.scalar_type(), low ? 0 : block);
   for (i64 first = 0; first < C; first += block) {
     const i64 count = std::min(block, C - first);
     const at::Tensor weights = p.weights(first, count);
-    const at::Tensor rows = low ? at::linear(p.pixels.squeeze(1), weights) : p.project(weights);
+    const at::Tensor rows = low ? project_low(p.pixels, weights) : p.project(weights);
     aggregate(output.narrow(1, first, count), features.narrow(1, first, count), p.maps(rows, 0), p.maps(rows, 1),
               maps.channels(first, count));
   }
