@@ -3,10 +3,10 @@
 
 namespace gi {
 
-enum class Capability { portable, avx2, avx512, avx512_bf16 };
+enum class Capability { portable, avx2, avx512 };
 
 // The best instruction set of this CPU that was compiled in, or the one named by the environment
-// variable GI_KERNELS_CPU_CAPABILITY (portable, avx2, avx512, avx512_bf16) where the CPU has it.
+// variable GI_KERNELS_CPU_CAPABILITY (portable, avx2, avx512) where the CPU has it.
 Capability cpu_capability();
 const char* cpu_capability_name();
 
@@ -21,7 +21,6 @@ const char* cpu_capability_name();
   namespace avx512 { extern const type name; }                    \
   inline const type& name##_for_this_cpu() {                      \
     switch (cpu_capability()) {                                   \
-      case Capability::avx512_bf16:                               \
       case Capability::avx512: return avx512::name;               \
       case Capability::avx2: return avx2::name;                   \
       default: return portable::name;                             \
