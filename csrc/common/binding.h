@@ -5,11 +5,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "common/platform.h"
+#include "common/result_memory.h"
 #include "common/select.h"
 
 namespace gi {
@@ -40,28 +37,14 @@ inline Array array_of(const at::Tensor& t) {
   return a;
 }
 
-// An uninitialised result with the layout of `t`. Large ones are put on huge pages where the system
-// leaves that choice to programs: touching fresh 4 KiB pages would cost more than the kernel itself.
-inline at::Tensor advise_huge_pages(at::Tensor t) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes()) / kHuge * kHuge;
-  if (end > begin + kHuge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return t;
-}
-
-inline at::Tensor empty_output_like(const at::Tensor& t) { return advise_huge_pages(at::empty_like(t)); }
-
 // An uninitialised gradient with the layout of `t`, or contiguous; with no element where none is
 // wanted: operators cannot return nothing.
 inline at::Tensor empty_gradient(const at::Tensor& t, bool wanted) {
-  return wanted ? empty_output_like(t) : at::empty({0}, t.options());
+  return wanted ? empty_result_like(t) : at::empty({0}, t.options());
 }
 
 inline at::Tensor empty_contiguous_gradient(const at::Tensor& t, bool wanted) {
-  return wanted ? advise_huge_pages(at::empty(t.sizes(), t.options())) : at::empty({0}, t.options());
+  return wanted ? empty_result(t.sizes(), t.options()) : at::empty({0}, t.options());
 }
 
 // Runs kernel(arguments, begin, end) over [0, items) on torch's threads.

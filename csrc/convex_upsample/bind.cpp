@@ -7,7 +7,7 @@ namespace {
 at::Tensor forward(const at::Tensor& flow_, const at::Tensor& mask) {
   const at::Tensor flow = flow_.contiguous();
   const i64 B = mask.size(0), h = mask.size(2), w = mask.size(3);
-  at::Tensor output = at::empty({B, 2, 8 * h, 8 * w}, flow.options());
+  at::Tensor output = empty_result({B, 2, 8 * h, 8 * w}, flow.options());
   if (output.numel() == 0) return output;
   const ConvexUpsampleForward a{flow.const_data_ptr(), array_of(mask), output.data_ptr()};
   run_items(B * h, convex_upsample_kernels_for_this_cpu().forward, a);

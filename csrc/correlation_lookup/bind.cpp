@@ -13,8 +13,8 @@ LookupWindow window_of(const at::Tensor& coords, size_t levels, i64 radius) {
 }
 
 at::Tensor empty_output(const LookupWindow& w, const at::TensorOptions& options) {
-  return advise_huge_pages(at::empty({w.batch, channels_of(w.levels, w.radius), w.height, w.width}, options,
-                                     at::MemoryFormat::ChannelsLast));
+  return empty_result({w.batch, channels_of(w.levels, w.radius), w.height, w.width}, options,
+                      at::MemoryFormat::ChannelsLast);
 }
 
 std::vector<Array> arrays_of(at::TensorList tensors) {
@@ -70,7 +70,7 @@ struct StagedFeatures {
         continue;
       }
       const i64 stride = kernels.padded_channels(from.dtype, f.size(1));
-      memory.push_back(advise_huge_pages(at::empty({B, H, W, stride}, f.options().dtype(accumulation_type(f)))));
+      memory.push_back(empty_result({B, H, W, stride}, f.options().dtype(accumulation_type(f))));
       const FeatureStaging a{from, memory.back().data_ptr()};
       run_items(B * H, kernels.stage, a);
       rows.push_back({a.to, H * W * stride, W * stride, stride, H, W});

@@ -81,7 +81,7 @@ namespace {
 at::Tensor forward(const at::Tensor& features, const at::Tensor& keys, const at::Tensor& values,
                    const at::Tensor& flows, const at::Tensor& errors, const at::Tensor& key_error_weight,
                    const at::Tensor& value_error_weight, const at::Tensor& value_bias) {
-  at::Tensor output = empty_output_like(features);
+  at::Tensor output = empty_result_like(features);
   const AggregationMaps maps{flows, errors, key_error_weight, value_error_weight, value_bias};
   if (output.numel() > 0) aggregate(output, features, keys, values, maps.contiguous());
   return output;

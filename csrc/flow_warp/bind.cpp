@@ -6,7 +6,7 @@ namespace {
 
 at::Tensor forward(const at::Tensor& input, const at::Tensor& flow_) {
   const at::Tensor flow = flow_.contiguous();
-  at::Tensor output = empty_output_like(input);
+  at::Tensor output = empty_result_like(input);
   if (output.numel() == 0) return output;
   const auto& kernels = flow_warp_kernels_for_this_cpu();
   const FlowWarpForward a{array_of(input), flow.const_data_ptr(), int(flow.size(2)), int(flow.size(3)),

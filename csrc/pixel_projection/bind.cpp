@@ -16,7 +16,7 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight) {
   if (is_low(input)) {
     rows = project_low(pixels, weight);
   } else {
-    rows = advise_huge_pages(at::empty({N, H * W, O}, input.options()));
+    rows = empty_result({N, H * W, O}, input.options());
     multiply(rows, pixels, weight.t().expand({N, 1, C, O}), false);
   }
   return rows.view({N, H, W, O}).permute({0, 3, 1, 2});
@@ -30,8 +30,7 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
   const at::Tensor grads = pixels_of(grad), pixels = pixels_of(input);  // [N,1,HW,.]
   at::Tensor grad_input = at::empty({0}, input.options()), grad_weight = empty_contiguous_gradient(weight, need_weight);
   if (need_input) {
-    grad_input = advise_huge_pages(
-        at::empty({N, rows_first ? H * W : C, rows_first ? C : H * W}, input.options()));
+    grad_input = empty_result({N, rows_first ? H * W : C, rows_first ? C : H * W}, input.options());
     if (is_low(input)) {
       const at::Tensor rows = at::matmul(grads.squeeze(1), weight);
       grad_input.copy_(rows_first ? rows : rows.transpose(1, 2));

@@ -21,7 +21,7 @@ class Projection {
 
   // Memory for rows of `channels` channels.
   at::Tensor allocate(i64 channels, at::ScalarType dtype) const {
-    return advise_huge_pages(at::empty({B_ * T_ * H_ * W_ * 2 * channels}, pixels.options().dtype(dtype)));
+    return empty_result({B_ * T_ * H_ * W_ * 2 * channels}, pixels.options().dtype(dtype));
   }
 
   // Weights of channels [first, first + count): [2 count, R].
@@ -62,7 +62,7 @@ at::Tensor forward(const at::Tensor& features, const at::Tensor& references, con
                    const at::Tensor& value_weight, const at::Tensor& flows, const at::Tensor& errors,
                    const at::Tensor& key_error_weight, const at::Tensor& value_error_weight,
                    const at::Tensor& value_bias) {
-  at::Tensor output = empty_output_like(features);
+  at::Tensor output = empty_result_like(features);
   if (output.numel() == 0) return output;
   const auto maps = AggregationMaps{flows, errors, key_error_weight, value_error_weight, value_bias}.contiguous();
   const i64 C = features.size(1);
@@ -100,7 +100,7 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& features, const at:
   at::Tensor grad_errors = empty_contiguous_gradient(errors, need_maps);
   at::Tensor grad_vectors = at::empty({3, C}, flows.options());
   at::Tensor sum = at::empty({0}, options);  // of the gradient of references: [BT,HW,R] or [BT,R,HW]
-  if (need_references) sum = advise_huge_pages(at::empty({frames, rows_first ? H * W : R, rows_first ? R : H * W}, options));
+  if (need_references) sum = empty_result({frames, rows_first ? H * W : R, rows_first ? R : H * W}, options);
   const auto gradients = [&]() -> Gradients {
     at::Tensor grad_references = sum.to(references.scalar_type());
     if (need_references)

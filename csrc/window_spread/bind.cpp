@@ -8,8 +8,8 @@ at::Tensor forward(const at::Tensor& logits, const at::Tensor& latents, int64_t 
   // The shape function in Python applies the same rule.
   const bool channels_last = logits.is_contiguous(at::MemoryFormat::ChannelsLast) && !logits.is_contiguous();
   at::Tensor output =
-      at::empty({logits.size(0), latents.size(3), logits.size(2), logits.size(3)}, latents.options(),
-                channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+      empty_result({logits.size(0), latents.size(3), logits.size(2), logits.size(3)}, latents.options(),
+                   channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
   if (output.numel() == 0) return output;
   const auto& kernels = window_spread_kernels_for_this_cpu();
   const WindowSpreadForward a{array_of(logits), array_of(latents), rows, columns, array_of(output)};
