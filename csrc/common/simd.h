@@ -12,7 +12,7 @@
 #define GI_VECTOR_BYTES 16
 #endif
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -54,6 +54,26 @@ template <class A> GI_HOST_DEVICE Vec<A> load(const A* p) {
 }
 
 template <class A> GI_HOST_DEVICE void store(A* p, const Vec<A>& v) { std::memcpy(p, &v, sizeof v); }
+
+// Past the caches, where the system allows it and `p` is aligned to vectors: for results that would not
+// stay there anyway, whose old content need not be read then. end_streaming() comes before others read.
+template <class A> GI_HOST_DEVICE void stream(A* p, const Vec<A>& v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128((__m128i*)p, (__m128i)v);
+#else
+  store<A>(p, v);
+#endif
+}
+
+GI_HOST_DEVICE void end_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 template <class A> GI_HOST_DEVICE Vec<A> load(const bf16* p) {
   HalfBits h;

@@ -14,6 +14,9 @@ constexpr i64 kFewChannels = 8;
 constexpr i64 kSlabBytes = i64(16) << 20;
 constexpr i64 kBandRows = 4;
 
+// A result of this size no longer fits the caches together with its input.
+constexpr i64 kStreamedBytes = i64(16) << 20;
+
 template <class A>
 Path choose_path(const Array& input) {
   const i64 C = input.size[1], pixels = input.size[2] * input.size[3];
@@ -29,19 +32,36 @@ FlowField<A> flow_of(const void* flow, i64 b, int h, int w, int H, int W) {
 
 // ---- forward ----
 
+// Whether a result is written past the caches: large, and in whole aligned vectors.
+template <class A, class T>
+bool streams(const Array& out) {
+  if (!std::is_same_v<A, T> || out.stride[1] != 1 || out.size[1] % kLanes<A> != 0) return false;
+  i64 bytes = sizeof(A), offsets = reinterpret_cast<i64>(out.data) / i64(sizeof(A));
+  for (int i = 0; i < 4; ++i) {
+    bytes *= out.size[i];
+    if (i != 1) offsets |= out.stride[i];
+  }
+  return bytes >= kStreamedBytes && offsets % kLanes<A> == 0;
+}
+
 template <class A, class S, class T>
 void forward_rows(const Block<S>& block, const FlowField<A>& flow, i64 channels, i64 y0, i64 y1,
-                  const Plane<T>& out, A* tile) {
+                  const Plane<T>& out, bool streamed, A* tile) {
   constexpr i64 L = kLanes<A>;
   const i64 W = flow.width, stride = padded<A>(channels);
   const bool direct = out.sc == 1 && channels % L == 0;
+  RowTaps<A, S> row[kTilePixels];  // all first: then the gathers of neighbours overlap
   for (i64 y = y0; y < y1; ++y)
     for (i64 x0 = 0; x0 < W; x0 += kTilePixels) {
       const i64 pixels = minimum(kTilePixels, W - x0);
       T* target = out.data + y * out.sy + x0 * out.sx;
+      for (i64 p = 0; p < pixels; ++p) row[p] = row_taps(flow.taps(y, x0 + p), block);
       for (i64 p = 0; p < pixels; ++p) {
-        const auto taps = row_taps(flow.taps(y, x0 + p), block);
-        if (direct) {
+        const RowTaps<A, S> taps = row[p];
+        if (streamed) {
+          if constexpr (std::is_same_v<A, T>)
+            for (i64 c = 0; c < channels; c += L) stream<A>(target + p * out.sx + c, gather<A, S>(taps, c));
+        } else if (direct) {
           for (i64 c = 0; c < channels; c += L) store<A>(target + p * out.sx + c, gather<A, S>(taps, c));
         } else {
           for (i64 c = 0; c < channels; c += L) store<A>(tile + p * stride + c, gather<A, S>(taps, c));
@@ -92,6 +112,7 @@ void forward_typed(const FlowWarpForward& a, i64 begin, i64 end) {
   using A = typename Accumulate<T>::type;
   const i64 C = a.input.size[1], H = a.input.size[2], W = a.input.size[3];
   const Pieces s = pieces_of<A>(a);
+  const bool streamed = streams<A, T>(a.output);
   Scratch slab, tile(kTilePixels * padded<A>(s.channels) * i64(sizeof(A)));
   for (i64 item = begin; item < end; ++item) {
     const i64 band = item % s.bands, block = item / s.bands % s.blocks, b = item / s.bands / s.blocks;
@@ -103,14 +124,16 @@ void forward_typed(const FlowWarpForward& a, i64 begin, i64 end) {
     if (s.path == Path::strided) {
       forward_strided<A, T>(in, flow, C, y0, y1, out);
     } else if (s.path == Path::in_place) {
-      forward_rows<A, const T, T>({in.data, in.sy, in.sx}, flow, C, y0, y1, out, tile.as<A>());
+      forward_rows<A, const T, T>({in.data, in.sy, in.sx}, flow, C, y0, y1, out, streamed, tile.as<A>());
     } else {
       const i64 stride = padded<A>(channels);
       slab.reserve(H * W * stride * i64(sizeof(A)));
       stage<A, T>(in, channels, 0, H, W, slab.as<A>(), stride);
-      forward_rows<A, const A, T>({slab.as<A>(), W * stride, stride}, flow, channels, y0, y1, out, tile.as<A>());
+      forward_rows<A, const A, T>({slab.as<A>(), W * stride, stride}, flow, channels, y0, y1, out, streamed,
+                                  tile.as<A>());
     }
   }
+  if (streamed) end_streaming();
 }
 
 i64 forward_items(const FlowWarpForward& a) {

@@ -149,6 +149,33 @@ def test_offsets_beyond_32_bits(case: Case, dtype: torch.dtype) -> None:
                     torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02, msg=f"{path}: {name}")
 
 
+@pytest.mark.parametrize("backend", gi_kernels.available_backends("flow_warp"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["f32", "f64", "bf16"])
+def test_large_results(backend: str, dtype: torch.dtype) -> None:
+    """Results beyond 16 MiB, which are written past the caches, into memory of results freed before."""
+    spec = SPECS["flow_warp"]
+    generator = torch.Generator().manual_seed(0)
+    flow = torch.randn(1, 2, 130, 131, generator=generator).mul(16).round() / 4  # positions exact in float32
+    flow[0, :, 5, 7] = float("nan")
+    maps = torch.randn(1, 256, 130, 131, generator=generator).to(dtype)
+    expected = spec.reference(maps.double(), flow.double())
+    maps, flow = channels_last(maps), flow.double() if dtype == torch.float64 else flow
+    with gi_kernels.backend(backend):
+        freed = [spec.function(maps, flow) for _ in range(2)]
+        for value in freed:
+            assert errors.largest_error(value, expected) <= 2 * torch.finfo(dtype).eps * expected.abs().max()
+            value.fill_(float("nan"))
+        del freed, value
+        first, second = spec.function(maps, flow), spec.function(maps, flow)
+        with deterministic(fill=True):
+            third = spec.function(maps, flow)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    second.zero_()
+    assert torch.equal(first, third)
+    third.resize_(1, 256, 131, 131).zero_()
+
+
 @pytest.mark.slow(reason="takes a minute and 5 GB of memory: --slow")
 @pytest.mark.parametrize("backend", gi_kernels.available_backends("flow_warp"))
 def test_result_of_more_than_2_31_elements(backend: str) -> None:
