@@ -2,6 +2,8 @@
 // aggregation share. "Row" means the channels of one pixel in one channel block.
 #pragma once
 
+#include <type_traits>
+
 #include "common/bilinear.h"
 #include "common/staging.h"
 
@@ -47,6 +49,40 @@ GI_HOST_DEVICE Vec<A> gather(const RowTaps<A, S>& t, i64 c) {
   return load<A>(t.row[0] + c) * t.weight[0] + load<A>(t.row[1] + c) * t.weight[1] +
          load<A>(t.row[2] + c) * t.weight[2] + load<A>(t.row[3] + c) * t.weight[3];
 }
+
+// The taps of kLanes<A> positions, as bilinear_taps gives them for one. Columns and rows are moved into
+// the frame, so that all taps can be read; values of those that are not inside must not be used.
+template <class A>
+struct VecTaps {
+  IntVec<A> x[2], y[2], inside[4];
+  Vec<A> weight[4];
+
+  GI_HOST_DEVICE VecTaps(const Vec<A>& px, const Vec<A>& py, i64 height, i64 width) {
+    const IntVec<A> near = (px >= -1) & (px < A(width)) & (py >= -1) & (py < A(height));
+    const Vec<A> fx = axis(near ? px : splat<A>(0), x), fy = axis(near ? py : splat<A>(0), y);
+    const IntVec<A> columns[2] = {near & (x[0] >= 0), near & (x[1] < Index(width))};
+    const IntVec<A> rows[2] = {y[0] >= 0, y[1] < Index(height)};
+    for (int k = 0; k < 4; ++k) {
+      inside[k] = columns[k & 1] & rows[k >> 1];
+      weight[k] = (k & 1 ? fx : 1 - fx) * (k & 2 ? fy : 1 - fy);
+    }
+    x[0] = columns[0] ? x[0] : IntVec<A>{};
+    x[1] = columns[1] ? x[1] : x[0];
+    y[0] = rows[0] ? y[0] : IntVec<A>{};
+    y[1] = rows[1] ? y[1] : y[0];
+  }
+
+ private:
+  using Index = std::remove_reference_t<decltype(IntVec<A>{}[0])>;
+
+  // Sets the two whole neighbours of a position; returns its fractional part.
+  static GI_HOST_DEVICE Vec<A> axis(const Vec<A>& position, IntVec<A> (&whole)[2]) {
+    whole[0] = __builtin_convertvector(position, IntVec<A>);
+    whole[0] += __builtin_convertvector(whole[0], Vec<A>) > position;  // a true lane is -1
+    whole[1] = whole[0] + 1;
+    return position - __builtin_convertvector(whole[0], Vec<A>);
+  }
+};
 
 template <class T>
 GI_HOST_DEVICE Plane<T> plane_of(const Array& a, i64 b, i64 c) {

@@ -6,29 +6,52 @@ GI_BEGIN_VARIANT
 
 namespace {
 
+// `count` numbers of a row, `step` apart; lanes beyond are zero.
+template <class A, class T>
+Vec<A> load_some(const T* from, i64 step, i64 count) {
+  if (step == 1 && count == kLanes<A>) return load<A>(from);
+  Vec<A> v = {};
+  for (i64 i = 0; i < count; ++i) v[i] = to_accumulate(from[i * step]);
+  return v;
+}
+
+template <class A, class T>
+void store_some(T* to, i64 step, i64 count, const Vec<A>& v) {
+  if (step == 1 && count == kLanes<A>) return store<A>(to, v);
+  for (i64 i = 0; i < count; ++i) to[i * step] = Rounded<T>::from(v[i]);
+}
+
 template <class T>
 void forward_typed(const FlowConsistency& a, i64 begin, i64 end) {
   using A = typename Accumulate<T>::type;
+  constexpr i64 L = kLanes<A>;
   const i64 H = a.flow.size[2], W = a.flow.size[3];
+  Vec<A> lane;
+  for (i64 i = 0; i < L; ++i) lane[i] = A(i);
   for (i64 item = begin; item < end; ++item) {
     const i64 b = item / H, y = item % H;
     const auto flow = plane_of<const T>(a.flow, b, 0), back = plane_of<const T>(a.flow_backward, b, 0);
     const auto out = plane_of<T>(a.output, b, 0);
-    for (i64 x = 0; x < W; ++x) {
+    for (i64 x = 0; x < W; x += L) {
+      const i64 count = minimum(L, W - x);
       const T* at = flow.data + y * flow.sy + x * flow.sx;
-      const A u[2] = {to_accumulate(at[0]), to_accumulate(at[flow.sc])};
-      const Taps<A> taps = bilinear_taps<A>(A(x) + u[0], A(y) + u[1], int(H), int(W));
-      A sum = 0;
-      for (int i = 0; i < 2; ++i) {
-        A sample = 0;
-        for (int k = 0; k < 4; ++k)
-          if (taps.inside[k])
-            sample += taps.weight(k) *
-                      to_accumulate(back.data[i * back.sc + taps.y(k) * back.sy + taps.x(k) * back.sx]);
-        const A difference = u[i] + sample;
+      const Vec<A> u[2] = {load_some<A>(at, flow.sx, count), load_some<A>(at + flow.sc, flow.sx, count)};
+      const VecTaps<A> taps(A(x) + lane + u[0], A(y) + u[1], H, W);
+      A tap[2][4][L];
+      for (i64 i = 0; i < L; ++i)
+        for (int k = 0; k < 4; ++k) {
+          const T* from = back.data + taps.y[k >> 1][i] * back.sy + taps.x[k & 1][i] * back.sx;
+          tap[0][k][i] = to_accumulate(from[0]);
+          tap[1][k][i] = to_accumulate(from[back.sc]);
+        }
+      Vec<A> sum = {};
+      for (int c = 0; c < 2; ++c) {
+        Vec<A> sample = {};
+        for (int k = 0; k < 4; ++k) sample += taps.weight[k] * (taps.inside[k] ? load<A>(tap[c][k]) : splat<A>(0));
+        const Vec<A> difference = u[c] + sample;
         sum += difference < 0 ? -difference : difference;
       }
-      out.data[y * out.sy + x * out.sx] = Rounded<T>::from(sum / 2);
+      store_some<A>(out.data + y * out.sy + x * out.sx, out.sx, count, sum / 2);
     }
   }
 }

@@ -189,8 +189,22 @@ MUTANTS = (
     Mutant(
         "flow components swapped in the position",
         "flow_consistency/cpu.cpp",
-        "bilinear_taps<A>(A(x) + u[0], A(y) + u[1]",
-        "bilinear_taps<A>(A(x) + u[1], A(y) + u[0]",
+        "taps(A(x) + lane + u[0], A(y) + u[1]",
+        "taps(A(x) + lane + u[1], A(y) + u[0]",
+        "flow_consistency",
+    ),
+    Mutant(
+        "taps outside the frame used",
+        "flow_consistency/cpu.cpp",
+        "(taps.inside[k] ? load<A>(tap[c][k]) : splat<A>(0))",
+        "load<A>(tap[c][k])",
+        "flow_consistency",
+    ),
+    Mutant(
+        "positions of a vector truncated instead of rounded down",
+        "common/gather.h",
+        "    whole[0] += __builtin_convertvector(whole[0], Vec<A>) > position;  // a true lane is -1\n",
+        "",
         "flow_consistency",
     ),
     Mutant(
