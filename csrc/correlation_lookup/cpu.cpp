@@ -216,29 +216,33 @@ template <class A> struct WindowGradients {
 
 // ---- lookup in stored volumes ----
 
+// A vector of a patch row, number by number; column 0 would be at `offset`. Not inlined: its addresses
+// would be worked out for every row.
+template <class A, class T>
+__attribute__((noinline)) void read_single(const Place<A>& p, const T* volume, i64 offset, i64 sx, i64 c, A* to) {
+  for (i64 i = c; i < c + kLanes<A>; ++i)
+    to[i] = i >= p.i0 && i < p.i1 ? to_accumulate(volume[offset + i * sx]) : A(0);
+}
+
 // The patch of a volume [H,W] at `volume`; memory that may be read is [first, last).
 template <class A, class T>
 void read_patch(const Shape<A>& s, const Place<A>& p, const T* volume, i64 sy, i64 sx, const T* first,
                 const T* last, A* patch) {
   constexpr i64 L = kLanes<A>;
-  for (i64 j = 0; j < s.n; ++j) {
-    A* to = patch + j * s.stride;
-    if (j < p.j0 || j >= p.j1) {
-      for (i64 c = 0; c < s.vectors; c += L) store<A>(to + c, splat<A>(0));
-      continue;
-    }
-    const i64 offset = (p.y + j) * sy + p.x * sx;
-    for (i64 c = 0; c < s.vectors; c += L) {
-      // Neighbours that do not belong to the patch may be read, as long as they exist.
-      if (sx == 1 && volume - first + offset + c >= 0 && last - volume >= offset + c + L) {
-        const Vec<A> v = load<A>(volume + (offset + c));
-        const IntVec<A> lane = lanes_from<A>(c);
-        using Index = std::remove_reference_t<decltype(lane[0])>;
-        const IntVec<A> inside = (lane >= Index(p.i0)) & (lane < Index(p.i1));
-        store<A>(to + c, inside ? v : splat<A>(0));
+  for (i64 c = 0; c < s.vectors; c += L) {
+    const IntVec<A> lane = lanes_from<A>(c);
+    using Index = std::remove_reference_t<decltype(lane[0])>;
+    const IntVec<A> inside = (lane >= Index(p.i0)) & (lane < Index(p.i1));
+    for (i64 j = 0; j < s.n; ++j) {
+      A* to = patch + j * s.stride;
+      const i64 offset = (p.y + j) * sy + p.x * sx;
+      if (j < p.j0 || j >= p.j1) {
+        store<A>(to + c, splat<A>(0));
+      } else if (sx == 1 && volume - first + offset + c >= 0 && last - volume >= offset + c + L) {
+        // Neighbours that do not belong to the patch may be read, as long as they exist.
+        store<A>(to + c, inside ? load<A>(volume + (offset + c)) : splat<A>(0));
       } else {
-        for (i64 i = c; i < c + L; ++i)
-          to[i] = i >= p.i0 && i < p.i1 ? to_accumulate(volume[offset + i * sx]) : A(0);
+        read_single(p, volume, offset, sx, c, to);
       }
     }
   }
@@ -259,6 +263,23 @@ template <class T> struct VolumeView {
   const T* at(i64 b, i64 pixel) const { return first + b * batch_stride + pixel * pixel_stride; }
 };
 
+// Asks for the patches of a pixel before they are read: each pixel has maps of its own, far from those of
+// the pixel before. Always inlined: GCC drops calls of a function that only prefetches.
+template <class A, class T>
+GI_HOST_DEVICE void prefetch_patches(const LookupForward& a, const Shape<A>& shape, const Run<A>& run,
+                                     i64 pixel) {
+  if (pixel >= run.pixels) return;
+  for (int level = 0; level < a.window.levels; ++level) {
+    const VolumeView<T> v(a.volumes[level]);
+    const Place<A> p = run.place(pixel, level, shape, v.height, v.width);
+    const T* map = v.at(run.b, run.y * a.window.width + run.x0 + pixel) + p.x * v.sx;
+    for (i64 j = p.j0; j < p.j1; ++j) {
+      __builtin_prefetch(map + (p.y + j) * v.sy + p.i0 * v.sx);
+      __builtin_prefetch(map + (p.y + j) * v.sy + (p.i1 - 1) * v.sx);
+    }
+  }
+}
+
 template <class T>
 void forward_typed(const LookupForward& a, i64 begin, i64 end) {
   using A = typename Accumulate<T>::type;
@@ -269,6 +290,7 @@ void forward_typed(const LookupForward& a, i64 begin, i64 end) {
   for (i64 item = begin; item < end; ++item) {
     const Run<A> run(w, item);
     for (i64 pixel = 0; pixel < run.pixels; ++pixel) {
+      prefetch_patches<A, T>(a, shape, run, pixel + 1);
       for (int level = 0; level < w.levels; ++level) {
         const VolumeView<T> v(a.volumes[level]);
         const Place<A> p = run.place(pixel, level, shape, v.height, v.width);
