@@ -11,6 +11,7 @@ VALUES = "tests/contract/test_values.py"
 LAYOUTS = "tests/contract/test_layouts.py"
 POSITIONS = "tests/contract/test_positions.py"
 RUNTIME = "tests/contract/test_runtime.py"
+LAYOUT = "tests/test_layout.py"
 
 
 @dataclass(frozen=True)
@@ -400,5 +401,38 @@ MUTANTS = (
         "p.i0 = maximum<i64>(0, -p.x);",
         "p.i0 = maximum<i64>(0, 1 - p.x);",
         "correlation_lookup",
+    ),
+    # ---- relayout ----
+    Mutant(
+        "rows joined although one of the maps has gaps between them",
+        "relayout/bind.cpp",
+        "for (Array* map : {&a.source, &a.target})\n    if",
+        "for (Array* map : {&a.target})\n    if",
+        "copy",
+        (LAYOUT,),
+    ),
+    Mutant(
+        "last pixels of a row lost",
+        "relayout/cpu.cpp",
+        "(a.source.size[3] + kRelayoutPixels - 1) / kRelayoutPixels",
+        "a.source.size[3] / kRelayoutPixels",
+        "copy",
+        (LAYOUT,),
+    ),
+    Mutant(
+        "pixels of part of a vector taken for a slab",
+        "relayout/cpu.cpp",
+        "map.stride[3] >= map.size[1] &&\n         map.size[1] % kLanes<A> == 0;",
+        "map.stride[3] >= map.size[1];",
+        "copy",
+        (LAYOUT,),
+    ),
+    Mutant(
+        "every block of channels copied from the first",
+        "relayout/cpu.cpp",
+        "stage_row<A, T>(source.data + c * source.sc,",
+        "stage_row<A, T>(source.data,",
+        "copy",
+        (LAYOUT,),
     ),
 )
