@@ -1,0 +1,144 @@
+"""The layers' products against PyTorch's, whichever way they take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gi_kernels import products
+from gi_kernels.layout import is_channels_last
+
+#: x, outputs, groups.
+LINEAR = [
+    ((3, 5, 7), 4, 1),
+    ((1, 1), 1, 1),
+    ((2, 9, 12), 6, 3),
+    ((7, 33), 65, 1),
+    ((2, 3, 4, 8), 16, 8),
+    ((0, 4), 3, 1),
+    ((2, 0, 4), 6, 2),
+]
+MAPS = [(2, 5, 3, 4), (1, 7, 1, 1), (3, 1, 2, 5), (0, 4, 2, 2), (1, 16, 9, 7)]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.03, torch.float16: 0.003}
+
+
+@pytest.fixture(params=["convolution", "product"])
+def way(request, monkeypatch):
+    """Small products as well by the way of large ones."""
+    if request.param == "convolution":
+        monkeypatch.setattr(products, "_LEAST", 1e-9)
+
+
+def gradients(call, tensors, seed=1):
+    """Value and gradients of a call."""
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    value = call(*tensors)
+    incoming = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(value)
+    return value.detach(), *torch.autograd.grad(value, tensors, incoming)
+
+
+def assert_close(found, expected, tolerance):
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.shape == wanted.shape
+        assert got.dtype == wanted.dtype
+        assert torch.allclose(got.double(), wanted.double(), rtol=tolerance, atol=10 * tolerance)
+
+
+def grouped(x, weight, bias, groups):
+    """Each group by ``F.linear``."""
+    parts = zip(x.chunk(groups, -1), weight.chunk(groups), bias.chunk(groups), strict=True)
+    return torch.cat([F.linear(*part) for part in parts], dim=-1)
+
+
+def operands(shape, outputs, channels, dtype):
+    torch.manual_seed(0)
+    return [torch.randn(s, dtype=torch.float64).to(dtype) for s in (shape, (outputs, channels), (outputs,))]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape, outputs, groups", LINEAR, ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
+def test_linear(way, shape, outputs, groups, transposed, dtype):
+    x, weight, bias = operands(shape, outputs, shape[-1] // groups, dtype)
+    if transposed:
+        x, weight = x.transpose(0, -1).contiguous().transpose(0, -1), weight.t().contiguous().t()
+    found = gradients(lambda *t: products.linear(*t, groups=groups), [x, weight, bias])
+    assert_close(found, gradients(lambda *t: grouped(*t, groups), [x, weight, bias]), TOLERANCE[dtype])
+    alone = products.linear(x, weight, groups=groups)
+    assert_close([alone], [grouped(x, weight, torch.zeros_like(bias), groups)], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_pointwise(way, shape, layout, dtype):
+    x, weight, bias = operands(shape, 6, shape[1], dtype)
+    weight = weight[:, :, None, None]
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = F.pad(x, (1, 2, 1, 0), value=torch.nan)[:, :, 1:, 1:-2]
+    found = gradients(products.pointwise, [x, weight, bias])
+    expected = gradients(F.conv2d, [t.double() for t in (x, weight, bias)])
+    assert_close(found, [t.to(dtype) for t in expected], TOLERANCE[dtype])
+    memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    assert found[0].is_contiguous(memory_format=memory_format)
+
+
+def test_large_products_are_convolutions():
+    """And those of another dtype or under autocast are not."""
+
+    def serves(dtype, rows=1024):
+        x, weight = torch.randn(rows, 128, dtype=dtype), torch.randn(128, 128, dtype=dtype)
+        with torch.profiler.profile() as profile:
+            products.linear(x, weight)
+        return any("convolution" in event.key for event in profile.key_averages())
+
+    assert serves(torch.float32) == torch.backends.mkldnn.is_available()
+    assert not serves(torch.float32, rows=8)
+    assert not serves(torch.float64)
+    assert not serves(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not serves(torch.float32)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_autocast(way, groups):
+    x, weight, _ = operands((6, 16), 8, 16 // groups, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = products.linear(x, weight, groups=groups)
+    assert found.dtype == torch.bfloat16
+    assert_close([found.float()], [grouped(x, weight, torch.zeros(8), groups)], 0.05)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_compiled(way, groups):
+    torch._dynamo.reset()
+    tensors = operands((6, 16), 8, 16 // groups, torch.float32)
+    call = lambda *t: products.linear(*t, groups=groups)  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert_close(gradients(compiled, tensors), gradients(call, tensors), 1e-5)
+
+
+def test_gradients_of_gradients(way):
+    tensors = [t.requires_grad_() for t in operands((3, 8), 4, 4, torch.float64)]
+    call = lambda *t: products.linear(*t, groups=2)  # noqa: E731
+    assert torch.autograd.gradcheck(call, tensors)
+    assert torch.autograd.gradgradcheck(call, tensors)
+
+
+def test_meta(way):
+    layer = products.Linear(16, 8, device="meta")
+    assert layer(torch.empty(3, 16, device="meta")).shape == (3, 8)
+
+
+def test_modules_are_pytorchs(way):
+    """By name, type and state: what finds or replaces layers by their type still does."""
+    linear, pointwise = products.Linear(6, 4), products.Pointwise(6, 4)
+    x = torch.randn(2, 5, 6)
+    assert isinstance(linear, torch.nn.Linear)
+    assert_close([linear(x)], [F.linear(x, linear.weight, linear.bias)], 1e-5)
+    maps = torch.randn(2, 6, 3, 5).contiguous(memory_format=torch.channels_last)
+    assert isinstance(pointwise, torch.nn.Conv2d)
+    assert_close([pointwise(maps)], [F.conv2d(maps, pointwise.weight, pointwise.bias)], 1e-5)
