@@ -6,7 +6,8 @@ Each computes exactly what the published layer computes, with less work:
   removes it: it is never computed and its parameters have zero gradients;
 - a 1x1 convolution commutes with the warp, so references are projected once, before it;
 - windows are pooled before they are projected, and projected before they are spread;
-- batch statistics of a spread map follow from sums over its windows.
+- batch statistics of a spread map follow from sums over its windows;
+- statistics that are fixed are folded into the weights next to them.
 
 Source of all layers: Esser, Michael, Sengupta, "Towards Unified Keyframe Propagation Models", 2022.
 """
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gi_kernels import checks
+from gi_kernels.layout import is_channels_last, relayout
 from gi_kernels.ops.deformable_aggregation import deformable_aggregation
 from gi_kernels.ops.global_attention import global_attention
 from gi_kernels.ops.pixel_projection import pixel_projection
@@ -29,8 +31,13 @@ from gi_kernels.ops.window_pool import window_pool
 from gi_kernels.ops.window_pool.reference import join_windows, split_windows
 from gi_kernels.ops.window_spread import window_spread
 from gi_kernels.precision import accumulation_dtype
+from gi_kernels.products import Linear, Pointwise, linear
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+# Pixels that pass through a write's MLP at a time where no gradient is taken: few enough for what lies
+# between its products to stay in memory that is at hand, enough for products to be fast.
+_PIXELS = 1024
 
 
 class DeformableAggregation(nn.Module):
@@ -124,9 +131,9 @@ class LatentAttention(nn.Module):
         check_heads(dim, heads)
         self.heads = heads
         self.attn = _Projections(dim)
-        self.projection = nn.Linear(dim, dim)
+        self.projection = Linear(dim, dim)
         self.ln_premlp = nn.LayerNorm(dim)
-        self.mlp = _MLP(nn.Linear(dim, dim), nn.Linear(dim, dim))
+        self.mlp = _MLP(Linear(dim, dim), Linear(dim, dim))
 
     def forward(
         self,
@@ -186,10 +193,10 @@ class WindowRead(nn.Module):
         self.side = grid_side(num_latents)
         self.ln1 = nn.LayerNorm(dim)
         self.ln2 = nn.LayerNorm(dim)
-        self.mlp = _MLP(nn.Linear(dim, dim), nn.Linear(dim, dim))
-        self.to_logits = nn.Conv2d(dim, heads, 1)
-        self.to_values = nn.Conv2d(dim, dim, 1)
-        self.projection = nn.Linear(dim, dim)
+        self.mlp = _MLP(Linear(dim, dim), Linear(dim, dim))
+        self.to_logits = Pointwise(dim, heads)
+        self.to_values = Pointwise(dim, dim)
+        self.projection = Linear(dim, dim)
 
     def forward(
         self, latents: torch.Tensor, features: torch.Tensor, return_attention: bool = False
@@ -210,11 +217,12 @@ class WindowRead(nn.Module):
         checks.nonempty("features", features, 2, 3)
         windows = (self.side, self.side)
         size = grid_size(features, self.side)
+        features = _in_working_layout(features)
         logits, features = resize(self.to_logits(features), size), resize(features, size)
         pooled = window_pool(logits, features, windows)  # [B,L,h,C]
         # Values are projected per window: the softmax weights sum to one, so the bias is just added.
-        weight = self.to_values.weight.view(self.heads, -1, dim)
-        read = _per_head(pooled, weight.transpose(1, 2)).flatten(2) + self.to_values.bias
+        weight, bias = self.to_values.weight.flatten(1), self.to_values.bias
+        read = linear(pooled.flatten(2), weight, bias, groups=self.heads)
         latents = latents + self.projection(self.ln1(read))
         latents = latents + self.mlp(self.ln2(latents))
         if not return_attention:
@@ -245,10 +253,10 @@ class WindowWrite(nn.Module):
         self.side = grid_side(num_latents)
         self.ln1 = nn.BatchNorm2d(dim)
         self.ln2 = nn.BatchNorm2d(dim)
-        self.mlp = _MLP(nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 1))
-        self.to_logits = nn.Conv2d(dim, heads, 1)
-        self.to_values = nn.Linear(dim, dim)
-        self.projection = nn.Conv2d(dim, dim, 1)
+        self.mlp = _MLP(Pointwise(dim, dim), Pointwise(dim, dim))
+        self.to_logits = Pointwise(dim, heads)
+        self.to_values = Linear(dim, dim)
+        self.projection = Pointwise(dim, dim)
 
     def forward(
         self, features: torch.Tensor, latents: torch.Tensor, return_attention: bool = False
@@ -268,32 +276,39 @@ class WindowWrite(nn.Module):
         )
         checks.nonempty("features", features, 2, 3)
         size = grid_size(features, self.side)
+        given = torch.channels_last if is_channels_last(features) else torch.contiguous_format
+        features = _in_working_layout(features)
         logits = resize(self.to_logits(features), size)
         values = self.to_values(latents)
         original = (features.shape[2], features.shape[3])
         if _is_fixed(self.ln1) or (type(self.ln1) is nn.BatchNorm2d and size == original):
-            written = self._write_projected(logits, values, original)
+            written, constant = self._write_projected(logits, values, original)
         else:
-            written = self._write_explicitly(logits, values, original)
-        features = features + written
-        out = features + self.mlp(self.ln2(features))
+            written, constant = self._write_explicitly(logits, values, original), None
+        z = features + written if constant is None else _add_to(written, features)
+        del features, written  # what follows can reuse their memory
+        out = relayout(self._add_mlp(z, constant), given)
         return (out, logits.sigmoid()) if return_attention else out
 
     def _write_projected(
         self, logits: torch.Tensor, values: torch.Tensor, original: tuple[int, int]
-    ) -> torch.Tensor:
-        """P BN(r) without forming r: norm and projection are folded into the latents."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """P BN(r) as a map and a constant per channel, without forming r.
+
+        Norm and projection are folded into the latents.
+        """
         if _is_fixed(self.ln1):
             mean, variance = self.ln1.running_mean, self.ln1.running_var
         else:
             mean, variance = self._batch_statistics(logits, values)
         scale, shift = _affine(self.ln1, mean, variance)
         weight = self.projection.weight.flatten(1)  # [O,D]
-        scaled = (values * scale.to(values.dtype)).unflatten(2, (self.heads, -1))
-        projected = _per_head(scaled, weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0))  # [B,L,h,O]
+        per_head = weight.unflatten(1, (self.heads, -1)).transpose(0, 1).flatten(0, 1)  # [h*O,D/h]
+        projected = linear(values * scale.to(values.dtype), per_head, groups=self.heads)
+        projected = projected.unflatten(2, (self.heads, -1))  # [B,L,h,O]
         spread = resize(window_spread(logits, projected, (self.side, self.side)), original)
         constant = torch.mv(weight, shift.to(weight.dtype)) + self.projection.bias
-        return spread + constant.to(spread.dtype)[:, None, None]
+        return spread, constant.to(spread.dtype)
 
     def _write_explicitly(
         self, logits: torch.Tensor, values: torch.Tensor, original: tuple[int, int]
@@ -304,6 +319,24 @@ class WindowWrite(nn.Module):
         parts = values.unflatten(2, (self.heads, -1))[..., None] * gates[:, :, :, None]  # [B,L,h,j,P]
         read = resize(join_windows(parts.flatten(2, 3), windows, size), original)
         return self.projection(self.ln1(read))
+
+    def _add_mlp(self, z: torch.Tensor, constant: torch.Tensor | None) -> torch.Tensor:
+        """z + MLP(BN(z)), the constant being added to z first; overwrites ``z``."""
+        if constant is None or not _is_fixed(self.ln2) or not _is_exact(z):
+            z = z if constant is None else z.add_(constant.to(z.dtype)[:, None, None])
+            return z + self.mlp(self.ln2(z))
+        # Norm and constant are folded into weights and biases: passes over the map cost more.
+        dense1, dense2 = self.mlp.dense1, self.mlp.dense2
+        scale, shift = _affine(self.ln2, self.ln2.running_mean, self.ln2.running_var)
+        weight1, weight2 = dense1.weight.flatten(1) * scale, dense2.weight.flatten(1)
+        bias1 = torch.mv(dense1.weight.flatten(1), shift + scale * constant) + dense1.bias
+        bias2 = dense2.bias + constant
+        rows = z.permute(0, 2, 3, 1)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_channels_last(z):
+            return z + linear(F.gelu(linear(rows, weight1, bias1)), weight2, bias2).permute(0, 3, 1, 2)
+        for part in rows.view(-1, len(bias2)).split(_PIXELS):
+            part += linear(torch.ops.aten.gelu_(linear(part, weight1, bias1)), weight2, bias2)
+        return z
 
     def _batch_statistics(self, logits: torch.Tensor, values: torch.Tensor) -> KeysValues:
         """Mean and variance of r over batch and pixels; updates the running statistics.
@@ -383,9 +416,9 @@ class _Projections(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.layernorm1 = nn.LayerNorm(dim)
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
+        self.key = Linear(dim, dim)
+        self.value = Linear(dim, dim)
 
 
 class _MLP(nn.Module):
@@ -400,11 +433,21 @@ class _MLP(nn.Module):
         return self.dense2(F.gelu(self.dense1(x)))
 
 
-def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[B,L,h,i] times [h,i,o] -> [B,L,h,o], one product per head, reading x where it is."""
-    B, L = x.shape[:2]
-    out = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.to(x.dtype))  # [h,BL,o]
-    return out.transpose(0, 1).unflatten(0, (B, L))
+def _in_working_layout(features: torch.Tensor) -> torch.Tensor:
+    """Channels-last on the CPU, where products of such maps are fastest."""
+    return relayout(features, torch.channels_last) if features.device.type == "cpu" else features
+
+
+def _add_to(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x + y, in the memory of y where dtypes agree: fresh memory costs more than the sum."""
+    return y.add_(x) if x.dtype == y.dtype else x + y
+
+
+def _is_exact(x: torch.Tensor) -> bool:
+    """Whether products of x are computed in its dtype, without rounding to fewer digits."""
+    device = x.device.type
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.dtype == accumulation_dtype(x.dtype) and not mixed
 
 
 def _pairs(extra: KeysValues | Sequence[KeysValues] | None) -> list[KeysValues]:
