@@ -314,11 +314,12 @@ class WindowWrite(nn.Module):
         self, logits: torch.Tensor, values: torch.Tensor, original: tuple[int, int]
     ) -> torch.Tensor:
         """P BN(r), forming r: where its statistics are not sums over windows, or are the norm's affair."""
-        windows, size = (self.side, self.side), (logits.shape[2], logits.shape[3])
-        gates = split_windows(logits, windows).sigmoid()  # [B,L,h,P]
-        parts = values.unflatten(2, (self.heads, -1))[..., None] * gates[:, :, :, None]  # [B,L,h,j,P]
-        read = resize(join_windows(parts.flatten(2, 3), windows, size), original)
-        return self.projection(self.ln1(read))
+        side = self.side
+        gates = logits.sigmoid().permute(0, 2, 3, 1).unflatten(2, (side, -1)).unflatten(1, (side, -1))
+        values = values.unflatten(2, (self.heads, -1)).unflatten(1, (side, 1, side, 1))
+        read = gates[..., None] * values  # [B,window,y,window,x,h,j]: channels-last
+        read = read.flatten(5).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        return self.projection(self.ln1(resize(read, original)))
 
     def _add_mlp(self, z: torch.Tensor, constant: torch.Tensor | None) -> torch.Tensor:
         """z + MLP(BN(z)), the constant being added to z first; overwrites ``z``."""
