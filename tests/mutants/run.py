@@ -20,7 +20,10 @@ from mutants import MUTANTS, Mutant
 ROOT = Path(__file__).parents[2]
 TREE = ROOT / "build" / "mutants" / "tree"
 BUILD = ROOT / "build" / "mutants" / "build"
-COPIED = ("csrc", "gi_kernels", "tests/contract", "tests/conftest.py", "CMakeLists.txt", "pyproject.toml")
+COPIED = (
+    *("csrc", "gi_kernels", "CMakeLists.txt", "pyproject.toml"),
+    *("tests/contract", "tests/conftest.py", "tests/test_layout.py"),
+)
 SECONDS = 300  # a test run that takes longer hangs, which is a way of being caught
 
 
