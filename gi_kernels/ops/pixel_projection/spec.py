@@ -39,8 +39,8 @@ SPEC = OperatorSpec(
         _sample("no_channel", (1, 0, 4, 5), 3),
         _sample("no_result", (1, 3, 4, 5), 0),
         _sample("no_row", (1, 3, 0, 5), 2),
-        _sample("square_512", (4, 512, 64, 64), 1024, "typical"),
-        _sample("480p_512", (4, 512, 60, 107), 1024, "large"),
+        _sample("square_512", (1, 512, 64, 64), 512, "typical"),
+        _sample("480p_512", (2, 512, 60, 107), 1024, "large"),
     ),
     invalid=(
         Invalid("input_none", lambda a: {**a, "input": None}, TypeError, "input: .*got NoneType"),

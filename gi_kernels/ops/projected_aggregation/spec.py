@@ -70,8 +70,8 @@ SPEC = OperatorSpec(
         _sample("no_channel", (1, 2, 3, 4, 5), 0, (4, 5), 1.0),
         _sample("no_reference_channel", (1, 2, 0, 4, 5), 3, (4, 5), 1.0),
         _sample("no_row", (1, 2, 3, 0, 5), 3, (4, 5), 1.0),
-        _sample("square_512", (1, 4, 512, 64, 64), 512, (256, 256), 16.0, "typical"),
-        _sample("480p_512", (1, 4, 512, 60, 107), 512, (480, 854), 32.0, "large"),
+        _sample("square_512", (1, 2, 512, 64, 64), 512, (256, 256), 16.0, "typical"),
+        _sample("480p_512", (1, 2, 512, 60, 107), 512, (480, 854), 32.0, "large"),
     ),
     invalid=(
         Invalid("features_none", lambda a: {**a, "features": None}, TypeError, "features: .*got NoneType"),
