@@ -174,38 +174,43 @@ template <class A> GI_HOST_DEVICE A sum_lanes(const Vec<A>& v) {
   return total;
 }
 
-// e^x by reduction to [-ln2/2, ln2/2] and a Taylor polynomial: the remainder is below half a unit
-// in the last place (degree 7 in float32, 13 in float64). Below `lowest` the result is zero, above
-// `highest` (a little under the overflow) infinite; NaN stays NaN.
+// e^x by reduction to r in [-ln2/2, ln2/2] and a polynomial of least relative error (by Remez's
+// exchange, with the first two coefficients one): 3e-9 in float32, 4e-18 in float64. Below `lowest` the
+// result is zero, above `highest` (a little under the overflow) infinite; NaN stays NaN.
 template <class A> struct ExpConstants;
 template <> struct ExpConstants<float> {
   static constexpr float lowest = -87.3f, highest = 88.3f, ln2_high = 0.693359375f,
                          ln2_low = -2.12194440e-4f, magic = 12582912.f;  // 1.5 * 2^23
-  static constexpr int degree = 7, mantissa = 23, bias = 127;
+  static constexpr int degree = 6, mantissa = 23;
+  static constexpr float coefficient[degree + 1] = {
+      1.f, 1.f, 0.49999993447796486827f, 0.16666520631709496887f, 0.041668388045313996659f,
+      0.0083687168797281399469f, 0.0013814598646664034453f};
 };
 template <> struct ExpConstants<double> {
   static constexpr double lowest = -708.3, highest = 709.0, ln2_high = 6.93145751953125e-1,
                           ln2_low = 1.42860682030941723212e-6, magic = 6755399441055744.;  // 1.5 * 2^52
-  static constexpr int degree = 13, mantissa = 52, bias = 1023;
+  static constexpr int degree = 11, mantissa = 52;
+  static constexpr double coefficient[degree + 1] = {
+      1., 1., 0.50000000000000106271, 0.16666666666666412523, 0.041666666666530158494,
+      0.0083333333334944616639, 0.0013888888943630134161, 0.00019841269506578723932,
+      0.000024801493098887391545, 2.7557586373785180954e-6, 2.763024838532302056e-7,
+      2.5000061625531279587e-8};
 };
 
 template <class A> GI_HOST_DEVICE Vec<A> vexp(const Vec<A>& x) {
   using K = ExpConstants<A>;
-  constexpr A kInverseFactorial[] = {1., 1., 1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040,
-                                     1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800,
-                                     1. / 479001600, 1. / 6227020800.};
-  // Adding the magic number rounds to an integer, which then sits in the low mantissa bits.
+  // Adding the magic number rounds to an integer n, which then sits in the low mantissa bits.
   const Vec<A> shifted = x * A(1.4426950408889634) + K::magic;
   const Vec<A> n = shifted - K::magic;
   const Vec<A> r = (x - n * K::ln2_high) - n * K::ln2_low;
-  Vec<A> p = splat<A>(kInverseFactorial[K::degree]);
-  for (int i = K::degree - 1; i >= 0; --i) p = p * r + kInverseFactorial[i];
-  const IntVec<A> exponent = (bit_cast<IntVec<A>>(shifted) - bit_cast<IntVec<A>>(splat<A>(K::magic)) + K::bias)
-                             << K::mantissa;
-  Vec<A> y = p * bit_cast<Vec<A>>(exponent);
-  y = x < K::lowest ? splat<A>(0) : y;
-  y = x > K::highest ? splat<A>(__builtin_huge_val()) : y;
-  return x != x ? x : y;
+  Vec<A> p = splat<A>(K::coefficient[K::degree]);
+  for (int i = K::degree - 1; i >= 0; --i) p = p * r + K::coefficient[i];
+  // Times 2^n, from n and the bias in the place of the exponent; the magic number's other bits are
+  // shifted out. A product, so that a NaN stays one.
+  const IntVec<A> power = (bit_cast<IntVec<A>>(shifted) << K::mantissa) + bit_cast<IntVec<A>>(splat<A>(1));
+  const Vec<A> y = p * bit_cast<Vec<A>>(power);
+  const Vec<A> bounded = x > K::highest ? splat<A>(__builtin_huge_val()) : y;
+  return x < K::lowest ? splat<A>(0) : bounded;
 }
 
 // Which lanes of two rows, numbered one after the other, a butterfly of width `step` takes for the

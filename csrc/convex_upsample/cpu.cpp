@@ -22,10 +22,10 @@ void neighbours(const A* flow, i64 h, i64 w, i64 y, i64 x, A (&values)[2][kNeigh
   }
 }
 
-// Softmax over the neighbours for kLanes fine pixels.
+// Softmax over the neighbours, whose logits lie `step` apart, of kLanes fine pixels.
 template <class A, class S>
-GI_HOST_DEVICE void softmax(const S* logits, Vec<A> (&weight)[kNeighbours]) {
-  for (int k = 0; k < kNeighbours; ++k) weight[k] = load<A>(logits + k * kFine);
+GI_HOST_DEVICE void softmax(const S* logits, i64 step, Vec<A> (&weight)[kNeighbours]) {
+  for (int k = 0; k < kNeighbours; ++k) weight[k] = load<A>(logits + k * step);
   Vec<A> most = weight[0];
   for (int k = 1; k < kNeighbours; ++k) most = vmax<A>(most, weight[k]);
   Vec<A> sum = {};
@@ -37,18 +37,18 @@ GI_HOST_DEVICE void softmax(const S* logits, Vec<A> (&weight)[kNeighbours]) {
   for (int k = 0; k < kNeighbours; ++k) weight[k] *= scale;
 }
 
-// Calls f(x, logits) for every pixel x of a coarse row. The 576 logits are contiguous: read where
+// Calls f(x, logits) for the pixels x of a coarse row from `first` on. The 576 logits are contiguous: read where
 // they are, or staged strip by strip.
 template <class A, class T, class F>
-void for_logits(const Array& mask, i64 b, i64 y, Scratch& slab, F&& f) {
+void for_logits(const Array& mask, i64 b, i64 y, i64 first, Scratch& slab, F&& f) {
   const i64 w = mask.size[3], sc = mask.stride[1], sx = mask.stride[3];
   const T* row = static_cast<const T*>(mask.data) + b * mask.stride[0] + y * mask.stride[2];
   if (sc == 1) {
-    for (i64 x = 0; x < w; ++x) f(x, row + x * sx);
+    for (i64 x = first; x < w; ++x) f(x, row + x * sx);
     return;
   }
   slab.reserve(minimum(kStripPixels, w) * kMaskChannels * i64(sizeof(A)));
-  for (i64 x0 = 0; x0 < w; x0 += kStripPixels) {
+  for (i64 x0 = first; x0 < w; x0 += kStripPixels) {
     const i64 pixels = minimum(kStripPixels, w - x0);
     stage_row<A, T>(row + x0 * sx, sc, sx, mask.size[1], pixels, slab.as<A>(), mask.size[1]);
     for (i64 p = 0; p < pixels; ++p) f(x0 + p, static_cast<const A*>(slab.as<A>() + p * kMaskChannels));
@@ -56,6 +56,42 @@ void for_logits(const Array& mask, i64 b, i64 y, Scratch& slab, F&& f) {
 }
 
 // ---- forward ----
+
+// The fine pixels of kLanes coarse ones from x on, whose logits follow each other in every channel:
+// they are lanes as they are, and only the result is transposed.
+template <class A, class T>
+void forward_lanes(const T* logits, i64 channel, const A* flow, i64 h, i64 w, i64 y, i64 x, A* out) {
+  constexpr i64 L = kLanes<A>;
+  constexpr i64 piece = L < kFactor ? L : kFactor;
+  A from[2][kNeighbours][L];
+  for (i64 lane = 0; lane < L; ++lane) {
+    A values[2][kNeighbours];
+    neighbours(flow, h, w, y, x + lane, values);
+    for (int i = 0; i < 2; ++i)
+      for (int k = 0; k < kNeighbours; ++k) from[i][k][lane] = values[i][k];
+  }
+  for (i64 s = 0; s < kFine; s += L) {
+    Vec<A> fine[2][L];
+    for (i64 j = 0; j < L; ++j) {
+      Vec<A> weight[kNeighbours];
+      softmax<A>(logits + (s + j) * channel, kFine * channel, weight);
+      for (int i = 0; i < 2; ++i) {
+        Vec<A> sum = {};
+        for (int k = 0; k < kNeighbours; ++k) sum += weight[k] * load<A>(from[i][k]);
+        fine[i][j] = sum;
+      }
+    }
+    for (int i = 0; i < 2; ++i) {
+      transpose<A>(fine[i]);
+      for (i64 lane = 0; lane < L; ++lane)
+        for (i64 j = 0; j < L; j += piece) {
+          const i64 row = (s + j) / kFactor, column = (s + j) % kFactor;
+          std::memcpy(out + ((i * h * kFactor + row) * w + x + lane) * kFactor + column,
+                      reinterpret_cast<const A*>(&fine[i][lane]) + j, piece * sizeof(A));
+        }
+    }
+  }
+}
 
 template <class T>
 void forward_typed(const ConvexUpsampleForward& a, i64 begin, i64 end) {
@@ -66,13 +102,18 @@ void forward_typed(const ConvexUpsampleForward& a, i64 begin, i64 end) {
     const i64 b = item / h, y = item % h;
     const A* flow = static_cast<const A*>(a.flow) + b * 2 * h * w;
     A* out = static_cast<A*>(a.output) + (b * 2 * h + y) * kFine * w;
-    for_logits<A, T>(a.mask, b, y, slab, [&](i64 x, const auto* logits) {
+    i64 first = 0;
+    if (a.mask.stride[3] == 1)
+      for (; first + kLanes<A> <= w; first += kLanes<A>)
+        forward_lanes<A, T>(static_cast<const T*>(a.mask.data) + b * a.mask.stride[0] + y * a.mask.stride[2] + first,
+                            a.mask.stride[1], flow, h, w, y, first, out);
+    for_logits<A, T>(a.mask, b, y, first, slab, [&](i64 x, const auto* logits) {
       A from[2][kNeighbours];
       neighbours(flow, h, w, y, x, from);
       A fine[2][kFine];
       for (i64 s = 0; s < kFine; s += kLanes<A>) {
         Vec<A> weight[kNeighbours];
-        softmax<A>(logits + s, weight);
+        softmax<A>(logits + s, kFine, weight);
         Vec<A> u = {}, v = {};
         for (int k = 0; k < kNeighbours; ++k) {
           u += weight[k] * from[0][k];
@@ -125,7 +166,7 @@ void backward_typed(const ConvexUpsampleBackward& a, i64 begin, i64 end) {
     const A* flow = static_cast<const A*>(a.flow) + b * 2 * h * w;
     T* target = gm.data ? static_cast<T*>(gm.data) + b * gm.stride[0] + y * gm.stride[2] : nullptr;
     A* parts = a.flow_parts ? static_cast<A*>(a.flow_parts) + item * w * 2 * kNeighbours : nullptr;
-    for_logits<A, T>(a.mask, b, y, slab, [&](i64 x, const auto* logits) {
+    for_logits<A, T>(a.mask, b, y, 0, slab, [&](i64 x, const auto* logits) {
       A from[2][kNeighbours];
       neighbours(flow, h, w, y, x, from);
       A fine[2][kFine];
@@ -133,7 +174,7 @@ void backward_typed(const ConvexUpsampleBackward& a, i64 begin, i64 end) {
       Vec<A> sums[2][kNeighbours] = {};
       for (i64 s = 0; s < kFine; s += L) {
         Vec<A> weight[kNeighbours];
-        softmax<A>(logits + s, weight);
+        softmax<A>(logits + s, kFine, weight);
         const Vec<A> gu = load<A>(fine[0] + s), gv = load<A>(fine[1] + s);
         if (parts)
           for (int k = 0; k < kNeighbours; ++k) {

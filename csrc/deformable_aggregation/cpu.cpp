@@ -44,16 +44,29 @@ GI_HOST_DEVICE Vec<A> softmax_in_place(Vec<A>* k, i64 T) {
 
 // ---- forward ----
 
-// `features` and `out` may be the same row; both hold `channels` rounded up to whole vectors.
+// Vectors of channels that go through the references together: the taps of one reference are read over
+// a long stretch before those of the next, since memory serves few streams at a time well.
+constexpr i64 kStretch = 32;
+
+// `features` and `out` may be the same row; both hold `channels` rounded up to whole vectors. `k` holds
+// T vectors for each of a stretch.
 template <class A, class S, class F>
 GI_HOST_DEVICE void aggregate_pixel(const Reference<A, S>* references, i64 T, const Weights<A>& weights,
                                     i64 channels, const F* features, F* out, Vec<A>* k) {
-  for (i64 c = 0; c < channels; c += kLanes<A>) {
-    for (i64 t = 0; t < T; ++t) k[t] = key_at(references[t], weights, c);
-    const Vec<A> scale = softmax_in_place<A>(k, T);
-    Vec<A> sum = {};
-    for (i64 t = 0; t < T; ++t) sum += k[t] * value_at(references[t], weights, c);
-    store<A>(out + c, load<A>(features + c) + load<A>(weights.bias + c) + sum * scale);
+  constexpr i64 L = kLanes<A>;
+  for (i64 c0 = 0; c0 < channels; c0 += kStretch * L) {
+    const i64 count = minimum(kStretch, (channels - c0 + L - 1) / L);
+    for (i64 t = 0; t < T; ++t)
+      for (i64 i = 0; i < count; ++i) k[i * T + t] = key_at(references[t], weights, c0 + i * L);
+    Vec<A> sum[kStretch];
+    for (i64 i = 0; i < count; ++i) {
+      const Vec<A> scale = softmax_in_place<A>(k + i * T, T);
+      for (i64 t = 0; t < T; ++t) k[i * T + t] *= scale;
+      sum[i] = load<A>(features + c0 + i * L) + load<A>(weights.bias + c0 + i * L);
+    }
+    for (i64 t = 0; t < T; ++t)
+      for (i64 i = 0; i < count; ++i) sum[i] += k[i * T + t] * value_at(references[t], weights, c0 + i * L);
+    for (i64 i = 0; i < count; ++i) store<A>(out + c0 + i * L, sum[i]);
   }
 }
 
@@ -176,7 +189,7 @@ void forward_typed(const DeformableForward& a, const Pieces& s, i64 begin, i64 e
   using A = typename Accumulate<T>::type;
   const i64 C = a.keys.size[2], H = a.keys.size[3], W = a.keys.size[4], frames = a.keys.size[1];
   Scratch weight_memory, blocks, slab, tile(kTilePixels * padded<A>(s.channels) * i64(sizeof(A))),
-      references(frames * i64(sizeof(Reference<A, const S>))), k(frames * i64(sizeof(Vec<A>)));
+      references(frames * i64(sizeof(Reference<A, const S>))), k(kStretch * frames * i64(sizeof(Vec<A>)));
   for (i64 item = begin; item < end; ++item) {
     const i64 band = item % s.bands, block = item / s.bands % s.blocks, b = item / s.bands / s.blocks;
     const i64 c0 = block * s.channels, channels = minimum(s.channels, C - c0);

@@ -35,6 +35,7 @@ SPEC = OperatorSpec(
         _sample("square", 1, (4, 4)),
         _sample("one_pixel", 1, (1, 1)),
         _sample("one_row", 1, (1, 4)),
+        _sample("wide", 1, (2, 19)),
         _sample("no_batch", 0, (2, 3)),
         _sample("no_row", 1, (0, 3)),
         _sample("square_32", 1, (32, 32), "typical"),
