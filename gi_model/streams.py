@@ -1,0 +1,449 @@
+"""The parts of the two-stream model: convolutions, Fourier convolutions, position code, block, decoder.
+
+All convolutions before the decoder pad by reflection and have no bias, a batch norm follows each.
+Parts that do less work in eval mode have ``folded()``, which returns a stand-in for inference.
+
+Sources: Esser, Michael, Sengupta, "Towards Unified Keyframe Propagation Models", 2022; the Fourier
+convolutions are those of Chi, Jiang, Mu, "Fast Fourier Convolution", 2020, as used by Suvorov et al.,
+"Resolution-robust Large Mask Inpainting with Fourier Convolutions", 2022.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gi_kernels import checks
+from gi_kernels.nn import KeysValues, LatentAttention, WindowRead, WindowWrite
+from gi_kernels.precision import accumulation_dtype
+from gi_model.published import Names, renamed
+
+BANDS = 64  # of the position code, per axis
+HIGHEST = 16.0  # its highest frequency, half of the 32 pixels a feature map has at 256 x 256
+KEPT_SIZES = 8  # position codes that a generator for inference keeps
+
+Conv = TypeVar("Conv", nn.Conv2d, nn.ConvTranspose2d)
+
+
+class ConvNormRelu(nn.Module):
+    """``ReLU(BN(conv(x)))``: ``[B,C,H,W]`` -> ``[B,O,ceil(H/stride),ceil(W/stride)]``."""
+
+    def __init__(self, channels: int, out: int, size: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            channels, out, size, stride, size // 2, groups=groups, bias=False, padding_mode="reflect"
+        )
+        self.norm = nn.BatchNorm2d(out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.norm(self.conv(x)), inplace=True)
+
+    def folded(self) -> nn.Module:
+        return nn.Sequential(fold_norm(self.conv, self.norm), nn.ReLU(inplace=True))
+
+
+class ResidualConv(nn.Module):
+    """``x + ReLU(BN(conv(x)))``, 3x3 in groups: ``[B,C,H,W]`` -> the same."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.branch = ConvNormRelu(channels, channels, 3, groups=groups)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.branch(x)
+
+    def published_names(self) -> Names:
+        return renamed(self, {"branch.conv": "conv", "branch.norm": "norm"})
+
+
+class FourierUnit(nn.Module):
+    """A 1x1 convolution, norm and ReLU of a map's spectrum: ``[B,C,H,W]`` -> the same.
+
+    The spectrum is that of the orthonormal real transform, its real and imaginary parts interleaved
+    as channels: 2c and 2c+1 are those of channel c.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2 * channels, 2 * channels, 1, bias=False)
+        self.norm: nn.Module = nn.BatchNorm2d(2 * channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = x.shape[2:]
+        # With the channels last, complex numbers in memory are the interleaved channels already.
+        pixels = x.to(accumulation_dtype(x.dtype)).permute(0, 2, 3, 1)
+        spectrum = torch.fft.rfft2(pixels, dim=(1, 2), norm="ortho")  # [B,H,W/2+1,C]
+        parts = torch.view_as_real(spectrum).flatten(3).permute(0, 3, 1, 2).to(x.dtype)
+        parts = F.relu(self.norm(self.conv(parts)), inplace=True).to(pixels.dtype)
+        spectrum = torch.view_as_complex(parts.permute(0, 2, 3, 1).contiguous().unflatten(3, (-1, 2)))
+        pixels = torch.fft.irfft2(spectrum, s=size, dim=(1, 2), norm="ortho")
+        return pixels.permute(0, 3, 1, 2).to(x.dtype)
+
+    def folded(self) -> FourierUnit:
+        assert isinstance(self.norm, nn.BatchNorm2d)
+        stand_in = copy.deepcopy(self)
+        stand_in.conv, stand_in.norm = fold_norm(self.conv, self.norm), nn.Identity()
+        return stand_in
+
+    def published_names(self) -> Names:
+        return renamed(self, {"conv": "conv_layer", "norm": "bn"})
+
+
+class SpectralTransform(nn.Module):
+    """``expand(y + FourierUnit(y))``, ``y = ReLU(BN(reduce(x)))`` of half the channels: ``[B,C,H,W]``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, channels // 2, 1, bias=False)
+        self.norm = nn.BatchNorm2d(channels // 2)
+        self.fourier = FourierUnit(channels // 2)
+        self.expand = nn.Conv2d(channels // 2, channels, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.norm(self.reduce(x)), inplace=True)
+        return self.expand(y + self.fourier(y))
+
+    def published_names(self) -> Names:
+        return renamed(self, {"reduce": "conv1.0", "norm": "conv1.1", "fourier": "fu", "expand": "conv2"})
+
+
+class FourierConv(nn.Module):
+    """Fast Fourier convolution, norm and ReLU: ``[B,C,H,W]`` -> the same.
+
+    The first channels are local, the last ``global_channels`` global:
+    ``local' = ReLU(BN(conv(local) + conv(global)))``,
+    ``global' = ReLU(BN(conv(local) + SpectralTransform(global)))``, 3x3 convolutions.
+    """
+
+    def __init__(self, channels: int, global_channels: int) -> None:
+        super().__init__()
+        local = channels - global_channels
+        self.split = (local, global_channels)
+        self.local_to_local = _reflecting(local, local)
+        self.local_to_global = _reflecting(local, global_channels)
+        self.global_to_local = _reflecting(global_channels, local)
+        self.spectral = SpectralTransform(global_channels)
+        self.local_norm = nn.BatchNorm2d(local)
+        self.global_norm = nn.BatchNorm2d(global_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")  # once, for all three
+        local = self.local_norm(F.conv2d(padded, self.weight_to_local()))
+        spatial = F.conv2d(padded[:, : self.split[0]], self.local_to_global.weight)
+        whole = self.global_norm(spatial + self.spectral(x[:, self.split[0] :]))
+        return F.relu(torch.cat([local, whole], dim=1), inplace=True)
+
+    def weight_to_local(self) -> torch.Tensor:
+        """``[L,C,3,3]``: the sum of two convolutions is one of all channels."""
+        return torch.cat([self.local_to_local.weight, self.global_to_local.weight], dim=1)
+
+    def folded(self) -> nn.Module:
+        return FoldedFourierConv(self)
+
+    def published_names(self) -> Names:
+        return renamed(
+            self,
+            {
+                "local_to_local": "ffc.convl2l",
+                "local_to_global": "ffc.convl2g",
+                "global_to_local": "ffc.convg2l",
+                "spectral": "ffc.convg2g",
+                "local_norm": "bn_l",
+                "global_norm": "bn_g",
+            },
+        )
+
+
+class FoldedFourierConv(nn.Module):
+    """:class:`FourierConv` in eval mode: two spatial convolutions instead of three, and no norms."""
+
+    def __init__(self, source: FourierConv) -> None:
+        super().__init__()
+        local, whole = self.split = source.split
+        to_local = nn.Conv2d(local + whole, local, 3, bias=False)
+        to_global = nn.Conv2d(local, whole, 3, bias=False)
+        to_local.weight = nn.Parameter(source.weight_to_local().detach())
+        to_global.weight = source.local_to_global.weight
+        self.to_local = fold_norm(to_local, source.local_norm)
+        self.to_global = fold_norm(to_global, source.global_norm)
+        spectral = source.spectral
+        self.reduce = fold_norm(spectral.reduce, spectral.norm)
+        self.fourier = spectral.fourier.folded()
+        # The norm of the sum: its shift is in to_global already.
+        self.expand = fold_norm(spectral.expand, source.global_norm)
+        self.expand.bias = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        y = F.relu(self.reduce(x[:, self.split[0] :]), inplace=True)
+        whole = self.to_global(padded[:, : self.split[0]]) + self.expand(y + self.fourier(y))
+        return F.relu(torch.cat([self.to_local(padded), whole], dim=1), inplace=True)
+
+
+class FourierBlock(nn.Module):
+    """``x + FourierConv(FourierConv(x))``: ``[B,C,H,W]`` -> the same."""
+
+    def __init__(self, channels: int, global_ratio: float) -> None:
+        super().__init__()
+        global_channels = split_channels(channels, global_ratio)
+        self.first = FourierConv(channels, global_channels)
+        self.second = FourierConv(channels, global_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(self.first(x))
+
+    def published_names(self) -> Names:
+        return renamed(self, {"first": "conv1", "second": "conv2"})
+
+
+class PositionCode(nn.Module):
+    """Mixes a position code into features by a 1x1 convolution: ``[B,C,H,W]`` -> the same.
+
+    Computes ``project([features, code])``. Each channel of the code depends on the row or on the
+    column alone, so the code is projected per row and per column, and once for the whole batch.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.project = nn.Conv2d(channels + 2 + 4 * BANDS, channels, 1)
+        self.kept: OrderedDict[tuple[int, int], torch.Tensor] | None = None  # by size, for inference
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        mixed = F.conv2d(features, self.project.weight[:, : self.channels])
+        return mixed + self._projected_code((features.shape[2], features.shape[3])).to(mixed.dtype)
+
+    def keep_codes(self) -> None:
+        """From now on keep the last few sizes' codes; the weights must not change any more."""
+        self.kept = OrderedDict()
+
+    def _projected_code(self, size: tuple[int, int]) -> torch.Tensor:
+        """``[C,H,W]``, the bias included."""
+        if self.kept is None:
+            return self._project_code(size)
+        code = self.kept.pop(size, None)
+        if code is None or code.device != self.project.weight.device:
+            code = self._project_code(size)
+        self.kept[size] = code
+        while len(self.kept) > KEPT_SIZES:
+            self.kept.popitem(last=False)
+        return code
+
+    def _project_code(self, size: tuple[int, int]) -> torch.Tensor:
+        weight = self.project.weight[:, self.channels :, 0, 0]
+        position, sine, cosine = weight.split([2, 2 * BANDS, 2 * BANDS], dim=1)
+        axes = [
+            torch.cat([position[:, axis : axis + 1], *(w.chunk(2, dim=1)[axis] for w in (sine, cosine))], 1)
+            @ axis_code(size[axis], weight.device, accumulation_dtype(weight.dtype)).to(weight.dtype)
+            for axis in (0, 1)
+        ]  # [C,H] and [C,W]
+        assert self.project.bias is not None
+        return axes[0][:, :, None] + axes[1][:, None] + self.project.bias[:, None, None]
+
+
+def axis_code(n: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Code ``[1 + 2·BANDS, n]`` of the positions on one axis: themselves, from -1 to 1, sines, cosines."""
+    position = torch.linspace(-1, 1, n, device=device, dtype=dtype)
+    frequency = torch.linspace(1, HIGHEST, BANDS, device=device, dtype=dtype)
+    angle = math.pi * (frequency[:, None] * position)
+    return torch.cat([position[None], angle.sin(), angle.cos()])
+
+
+def position_code(height: int, width: int) -> torch.Tensor:
+    """The position code ``[2 + 4·BANDS, height, width]`` in the published order of channels.
+
+    Row, column, then the sines of the row, of the column, the cosines of the row, of the column.
+    """
+    rows, columns = axis_code(height)[:, :, None], axis_code(width)[:, None, :]
+    parts = [
+        part.expand(-1, height, width)
+        for pair in zip(*(a.split([1, BANDS, BANDS]) for a in (rows, columns)), strict=True)
+        for part in pair
+    ]
+    return torch.cat(parts)
+
+
+class Attention(NamedTuple):
+    """Where one block looked: softmax maps of the read, sigmoid maps of the write, ``[B,heads,h,w]``."""
+
+    read: torch.Tensor
+    write: torch.Tensor
+
+
+class TwoStreamBlock(nn.Module):
+    """Local features and global latents inform each other.
+
+    Latents read from the features and attend, the first time to the references' latents too;
+    convolutions refine the features; the latents are written back.
+
+    Args:
+        channels: ``C`` of both streams.
+        heads: of the attention between latents.
+        window_heads: of read and write.
+        num_latents: ``N``, a square number.
+        refine: the two convolution blocks.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        window_heads: int,
+        num_latents: int,
+        refine: tuple[nn.Module, nn.Module],
+    ) -> None:
+        super().__init__()
+        self.read = WindowRead(channels, window_heads, num_latents)
+        self.cross_attention = LatentAttention(channels, heads)
+        self.self_attention = LatentAttention(channels, heads)
+        self.refine1, self.refine2 = refine
+        self.write = WindowWrite(channels, window_heads, num_latents)
+
+    def forward(
+        self, state: tuple[torch.Tensor, ...], extra: list[KeysValues] | None = None
+    ) -> tuple[tuple[torch.Tensor, ...], KeysValues, Attention]:
+        """One step.
+
+        Args:
+            state: features ``[B,C,h,w]``, latents ``[B,N,C]``.
+            extra: keys and values of the references' latents, pairs of ``[B,heads,M,C/heads]``.
+
+        Returns:
+            The new state; the keys and values of the own latents; where the block looked.
+        """
+        features, latents = state
+        latents, read = self.read(latents, features, return_attention=True)
+        latents, emitted = self.cross_attention(latents, extra, return_kv=True)
+        latents = self.self_attention(latents)
+        features = self.refine2(self.refine1(features))
+        features, write = self.write(features, latents, return_attention=True)
+        return (features, latents), emitted, Attention(read, write)
+
+    def published_names(self) -> Names:
+        return renamed(
+            self,
+            {
+                "read": "read",
+                "cross_attention": "attn1",
+                "self_attention": "attn2",
+                "refine1": "block1",
+                "refine2": "block2",
+                "write": "write",
+            },
+        )
+
+
+class UpNormRelu(nn.Module):
+    """``ReLU(BN(transposed conv(x)))``: ``[B,C,H,W]`` -> ``[B,O,2H,2W]``."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(channels, out, 3, stride=2, padding=1, output_padding=1)
+        self.norm = nn.BatchNorm2d(out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.norm(self.conv(x)), inplace=True)
+
+    def folded(self) -> nn.Module:
+        return nn.Sequential(fold_norm(self.conv, self.norm), nn.ReLU(inplace=True))
+
+
+class Decoder(nn.Module):
+    """Features ``[B,widths[-1],h,w]`` -> image in (0, 1), ``[B,out,H,W]``; widths from fine to coarse."""
+
+    def __init__(self, widths: list[int], out: int) -> None:
+        super().__init__()
+        coarse_to_fine = widths[::-1]
+        self.up = nn.Sequential(*(UpNormRelu(*pair) for pair in pairwise(coarse_to_fine)))
+        self.out = nn.Conv2d(widths[0], out, 7, padding=3, padding_mode="reflect")
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.out(self.up(features)).sigmoid()
+
+    def published_parts(self, start: int) -> dict[str, str]:
+        """Published names by own part, the first transposed convolution being ``model.<start>``."""
+        parts: dict[str, str] = {}
+        for i in range(len(self.up)):
+            parts |= {f"decoder.up.{i}.conv": f"model.{start + 3 * i}"}
+            parts |= {f"decoder.up.{i}.norm": f"model.{start + 3 * i + 1}"}
+        return parts | {"decoder.out": f"model.{start + 3 * len(self.up) + 1}"}
+
+
+def split_channels(channels: int, global_ratio: float) -> int:
+    """How many of ``channels`` are global."""
+    global_channels = int(channels * global_ratio)
+    if not 2 <= global_channels < channels:
+        raise ValueError(
+            f"global_ratio: expected at least 2 of {channels} channels to be global, and not all, "
+            f"got {global_ratio}"
+        )
+    return global_channels
+
+
+def flag(name: str, value: object) -> bool:
+    """``value``, a bool; raise ``TypeError`` if it is none."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
+def widths(first: int, downsamplings: int, limit: int) -> list[int]:
+    """Channels after the first convolution and after each downsampling."""
+    for name, value in (("width", first), ("downsamplings", downsamplings), ("max_width", limit)):
+        checks.positive(name, value)
+    return [min(limit, first * 2**i) for i in range(downsamplings + 1)]
+
+
+def encoder(channels: int, widths: list[int]) -> nn.Sequential:
+    """``[B,channels,H,W]`` -> ``[B,widths[-1],H/2^n,W/2^n]``."""
+    down = (ConvNormRelu(*pair, 3, stride=2) for pair in pairwise(widths))
+    return nn.Sequential(ConvNormRelu(channels, widths[0], 7), *down)
+
+
+def initialise(module: nn.Module) -> None:
+    """Draw weights for training: normal with deviation 0.02, zero bias.
+
+    Transposed convolutions and norms keep the initial values that PyTorch gave them.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def fold(module: nn.Module) -> None:
+    """Replace the parts of ``module`` by their stand-ins for inference."""
+    for name, child in module.named_children():
+        if isinstance(child, PositionCode):
+            child.keep_codes()
+        elif isinstance(child, ConvNormRelu | UpNormRelu | FourierConv):
+            setattr(module, name, child.folded())
+        else:
+            fold(child)
+
+
+@torch.no_grad()
+def fold_norm(conv: Conv, norm: nn.BatchNorm2d) -> Conv:
+    """A convolution that computes ``norm(conv(x))`` in eval mode; in float64, rounded once."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    shift = norm.bias.double() - norm.running_mean.double() * scale
+    if conv.bias is not None:
+        shift = shift + conv.bias.double() * scale
+    channels = (-1, 1, 1, 1) if isinstance(conv, nn.Conv2d) else (1, -1, 1, 1)
+    folded = copy.deepcopy(conv)
+    folded.weight = nn.Parameter((conv.weight.double() * scale.view(channels)).to(conv.weight.dtype))
+    folded.bias = nn.Parameter(shift.to(conv.weight.dtype))
+    return folded
+
+
+def _reflecting(channels: int, out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, out, 3, padding=1, bias=False, padding_mode="reflect")
