@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -16,6 +19,7 @@ from gi_model.streams import (
     FourierBlock,
     PositionCode,
     encoder,
+    fold_norm,
     initialise,
     split_channels,
     widths,
@@ -105,6 +109,14 @@ class SplitConv(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.to_local(x), self.to_global(x)], dim=1)
 
+    def folded(self) -> nn.Module:
+        parts = [fold_norm(part.conv, part.norm) for part in (self.to_local, self.to_global)]
+        merged = copy.deepcopy(parts[0])
+        merged.out_channels = sum(part.out_channels for part in parts)
+        merged.weight = nn.Parameter(torch.cat([part.weight for part in parts]))
+        merged.bias = nn.Parameter(torch.cat([part.bias for part in parts if part.bias is not None]))
+        return nn.Sequential(merged, nn.ReLU(inplace=True))
+
     def published_names(self) -> Names:
         return renamed(
             self,
@@ -125,10 +137,13 @@ class TransformerBlock(nn.Module):
         self.attention = LatentAttention(channels, heads)
 
     def forward(
-        self, state: tuple[torch.Tensor, ...], extra: list[KeysValues] | None = None
+        self,
+        state: tuple[torch.Tensor, ...],
+        extra: Sequence[KeysValues] | None = None,
+        return_attention: bool = False,
     ) -> tuple[tuple[torch.Tensor, ...], KeysValues, None]:
         """State: features ``[B,C,h,w]``; ``extra`` as for :class:`~gi_model.streams.TwoStreamBlock`."""
-        (features,) = state
+        (features,) = state  # nothing to see of return_attention: its maps are never formed
         tokens, emitted = self.attention(features.flatten(2).transpose(1, 2), extra, return_kv=True)
         return (tokens.transpose(1, 2).unflatten(2, features.shape[2:]),), emitted, None
 

@@ -65,8 +65,9 @@ class Generator(nn.Module):
             dtype: of weights and activations; inputs are cast to it, the result is of the inputs' dtype.
             channels_last: compute in that layout, twice as fast on CPUs.
         """
-        optimised = copy.deepcopy(self).eval().requires_grad_(False)
+        optimised = copy.deepcopy(self).eval()
         fold(optimised)
+        optimised.requires_grad_(False)
         if dtype is not None:
             optimised.to(dtype)
         if channels_last:
@@ -78,9 +79,7 @@ class Generator(nn.Module):
     def train(self, mode: bool = True) -> Generator:
         """As of any module, but a copy for inference has no training mode."""
         if mode and self.optimised:
-            raise ValueError(
-                "mode: a copy made by for_inference() cannot be trained, expected False, got True"
-            )
+            raise ValueError("mode: expected False for a copy made by for_inference(), got True")
         return super().train(mode)
 
     def _weight(self) -> torch.Tensor:
@@ -168,7 +167,7 @@ class CrossingGenerator(Generator):
         attentions = []
         for i, block in enumerate(self.blocks):
             attention, aggregation = seen[i] if i < self.crossed else (None, None)
-            state, _, looked = block(state, _segments(attention))
+            state, _, looked = block(state, _segments(attention), return_attention)
             attentions.append(looked)
             if i < len(self.aggregations):
                 assert flows is not None and flow_errs is not None  # checked
@@ -236,6 +235,7 @@ class CrossingGenerator(Generator):
         references: References | None,
     ) -> None:
         named = [("input", input, f"B {self.channels} H W")]
+        self._check_frames(*named)
         if (srcs is None) == (references is None):
             given = "neither" if srcs is None else "both"
             raise ValueError(f"srcs, references: expected one of the two, got {given}")
@@ -266,9 +266,7 @@ class CrossingGenerator(Generator):
         if not isinstance(references, References):
             raise TypeError(f"references: expected References, got {type(references).__name__}")
         if self.training:
-            raise ValueError(
-                "references: expected srcs instead when training: batch norm wants all frames together"
-            )
+            raise ValueError("references: expected srcs when training: batch norm wants all frames together")
         B, _, H, W = input.shape
         if (references.batch, references.size) != (B, (H, W)):
             raise ValueError(
@@ -279,7 +277,8 @@ class CrossingGenerator(Generator):
         if kinds != [(self.attends, len(self.aggregations) > 0)] * self.crossed:
             raise ValueError("references: expected those of this generator, got those of one built otherwise")
         weight = self._weight()
-        mixed = torch.is_autocast_enabled(weight.device.type)
+        device = weight.device.type
+        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         for tensor in (t for c in references.crossings for t in c.tensors()):
             if tensor.device != weight.device or (tensor.dtype != weight.dtype and not mixed):
                 raise ValueError(

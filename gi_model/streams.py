@@ -13,8 +13,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,15 @@ HIGHEST = 16.0  # its highest frequency, half of the 32 pixels a feature map has
 KEPT_SIZES = 8  # position codes that a generator for inference keeps
 
 Conv = TypeVar("Conv", nn.Conv2d, nn.ConvTranspose2d)
+
+
+@runtime_checkable
+class Foldable(Protocol):
+    """A part that has a stand-in for inference."""
+
+    def folded(self) -> nn.Module:
+        """A module that computes in eval mode what this one does, with less work."""
+        ...
 
 
 class ConvNormRelu(nn.Module):
@@ -307,24 +317,29 @@ class TwoStreamBlock(nn.Module):
         self.write = WindowWrite(channels, window_heads, num_latents)
 
     def forward(
-        self, state: tuple[torch.Tensor, ...], extra: list[KeysValues] | None = None
-    ) -> tuple[tuple[torch.Tensor, ...], KeysValues, Attention]:
+        self,
+        state: tuple[torch.Tensor, ...],
+        extra: Sequence[KeysValues] | None = None,
+        return_attention: bool = False,
+    ) -> tuple[tuple[torch.Tensor, ...], KeysValues, Attention | None]:
         """One step.
 
         Args:
             state: features ``[B,C,h,w]``, latents ``[B,N,C]``.
             extra: keys and values of the references' latents, pairs of ``[B,heads,M,C/heads]``.
+            return_attention: whether to return where the block looked.
 
         Returns:
-            The new state; the keys and values of the own latents; where the block looked.
+            The new state; the keys and values of the own latents; where the block looked, or None.
         """
         features, latents = state
-        latents, read = self.read(latents, features, return_attention=True)
+        latents, read = _with_map(self.read(latents, features, return_attention=return_attention))
         latents, emitted = self.cross_attention(latents, extra, return_kv=True)
         latents = self.self_attention(latents)
         features = self.refine2(self.refine1(features))
-        features, write = self.write(features, latents, return_attention=True)
-        return (features, latents), emitted, Attention(read, write)
+        features, write = _with_map(self.write(features, latents, return_attention=return_attention))
+        looked = None if read is None or write is None else Attention(read, write)
+        return (features, latents), emitted, looked
 
     def published_names(self) -> Names:
         return renamed(
@@ -424,7 +439,7 @@ def fold(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, PositionCode):
             child.keep_codes()
-        elif isinstance(child, ConvNormRelu | UpNormRelu | FourierConv):
+        elif isinstance(child, Foldable):
             setattr(module, name, child.folded())
         else:
             fold(child)
@@ -443,6 +458,13 @@ def fold_norm(conv: Conv, norm: nn.BatchNorm2d) -> Conv:
     folded.weight = nn.Parameter((conv.weight.double() * scale.view(channels)).to(conv.weight.dtype))
     folded.bias = nn.Parameter(shift.to(conv.weight.dtype))
     return folded
+
+
+def _with_map(
+    result: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A layer's result and its attention map, None if that was not asked for."""
+    return result if isinstance(result, tuple) else (result, None)
 
 
 def _reflecting(channels: int, out: int) -> nn.Conv2d:

@@ -29,7 +29,7 @@ def backend(request):
         yield request.param
 
 
-#: For other parts than the operators and their layers.
+#: Of larger parts than the layers: in test_generator.py.
 LATER = ("ffc.small", "block_ffc.small", "block_conv.small", "latent.square", "latent.wide")
 
 WARP = {

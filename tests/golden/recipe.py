@@ -1,7 +1,8 @@
 """Inputs and weights of the golden tensors: each is a function of its name and shape.
 
 A tensor's values come from torch's CPU generator, seeded with the CRC-32 of the name. The file
-``operators.safetensors`` holds only what the published implementation made of them.
+``operators.safetensors`` holds only what the published implementation made of them, as does
+``generators.safetensors``, and ``train_grad_norms.json`` the norms of its gradients.
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ def uniform(name: str, *shape: int) -> torch.Tensor:
 
 def fill(module: torch.nn.Module, prefix: str) -> None:
     """Give every parameter and buffer of ``module`` the value that belongs to ``prefix`` + its key."""
-    state = {
-        key: _weight(prefix + key, value) if value.is_floating_point() else torch.zeros_like(value)
-        for key, value in module.state_dict().items()
+    module.load_state_dict(weights(module.state_dict(), prefix))
+
+
+def weights(like: dict[str, torch.Tensor], prefix: str, gain: float = 1.0) -> dict[str, torch.Tensor]:
+    """A state dict of the shapes of ``like``, each entry the value that belongs to ``prefix`` + its key."""
+    return {
+        key: _weight(prefix + key, value, gain) if value.is_floating_point() else torch.zeros_like(value)
+        for key, value in like.items()
     }
-    module.load_state_dict(state)
 
 
-def _weight(name: str, like: torch.Tensor) -> torch.Tensor:
+def _weight(name: str, like: torch.Tensor, gain: float) -> torch.Tensor:
     value = normal(name, *like.shape)
     if name.endswith("running_var"):
         return value.abs() / 2 + 0.5
@@ -38,7 +43,7 @@ def _weight(name: str, like: torch.Tensor) -> torch.Tensor:
         return value * 0.1
     if like.dim() == 1:  # every one-dimensional weight is a norm's
         return 1 + 0.1 * value
-    return value / (like.numel() // like.shape[0]) ** 0.5
+    return gain * value / (like.numel() // like.shape[0]) ** 0.5
 
 
 def _generator(name: str) -> torch.Generator:
