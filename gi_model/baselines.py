@@ -86,6 +86,7 @@ class LamaGenerator(Generator):
 
     def published_names(self) -> Names:
         """Published names: those of one long sequence, of which layers without weights count too."""
+        self._check_names()
         names: dict[str, str] = {}
         for i in range(self.downsamplings):
             names |= {f"encoder.{i}.conv": f"model.{i + 1}.ffc.convl2l"}

@@ -82,6 +82,11 @@ class Generator(nn.Module):
             raise ValueError("mode: expected False for a copy made by for_inference(), got True")
         return super().train(mode)
 
+    def _check_names(self) -> None:
+        """Raise if the weights are no longer those that were published."""
+        if self.optimised:
+            raise ValueError("module: a copy made by for_inference() has no published names, convert before")
+
     def _weight(self) -> torch.Tensor:
         """Some weight: all have its dtype and device."""
         return self.decoder.out.weight
@@ -358,6 +363,7 @@ class TwoStreamGenerator(CrossingGenerator):
 
     def published_names(self) -> Names:
         """Published names: those of one long sequence, of which layers without weights count too."""
+        self._check_names()
         start = self.downsamplings + 2  # the reflection pad is 0
         parts = {f"encoder.{i}": f"model.{i + 1}" for i in range(self.downsamplings + 1)}
         parts |= {"code.project": f"model.{start}.project", "latents": f"model.{start}.latents"}

@@ -28,7 +28,7 @@ from gi_model.published import Names, renamed
 
 BANDS = 64  # of the position code, per axis
 HIGHEST = 16.0  # its highest frequency, half of the 32 pixels a feature map has at 256 x 256
-KEPT_SIZES = 8  # position codes that a generator for inference keeps
+KEPT_SIZES = 4  # position codes that a generator for inference keeps
 
 Conv = TypeVar("Conv", nn.Conv2d, nn.ConvTranspose2d)
 
@@ -97,7 +97,6 @@ class FourierUnit(nn.Module):
         return pixels.permute(0, 3, 1, 2).to(x.dtype)
 
     def folded(self) -> FourierUnit:
-        assert isinstance(self.norm, nn.BatchNorm2d)
         stand_in = copy.deepcopy(self)
         stand_in.conv, stand_in.norm = fold_norm(self.conv, self.norm), nn.Identity()
         return stand_in
@@ -247,15 +246,17 @@ class PositionCode(nn.Module):
         return code
 
     def _project_code(self, size: tuple[int, int]) -> torch.Tensor:
-        weight = self.project.weight[:, self.channels :, 0, 0]
+        dtype, bias = self.project.weight.dtype, self.project.bias
+        assert bias is not None
+        weight = self.project.weight[:, self.channels :, 0, 0].to(accumulation_dtype(dtype))
         position, sine, cosine = weight.split([2, 2 * BANDS, 2 * BANDS], dim=1)
-        axes = [
-            torch.cat([position[:, axis : axis + 1], *(w.chunk(2, dim=1)[axis] for w in (sine, cosine))], 1)
-            @ axis_code(size[axis], weight.device, accumulation_dtype(weight.dtype)).to(weight.dtype)
-            for axis in (0, 1)
-        ]  # [C,H] and [C,W]
-        assert self.project.bias is not None
-        return axes[0][:, :, None] + axes[1][:, None] + self.project.bias[:, None, None]
+        axes = []  # [C,H] and [C,W]
+        for axis, n in enumerate(size):
+            part = [position[:, axis, None], sine.chunk(2, dim=1)[axis], cosine.chunk(2, dim=1)[axis]]
+            code = axis_code(n, weight.device, weight.dtype)
+            # Not a matrix product: under autocast that would round the code, and what is kept of it.
+            axes.append((torch.cat(part, dim=1)[:, :, None] * code).sum(1))
+        return (axes[0][:, :, None] + axes[1][:, None] + bias[:, None, None]).to(dtype)
 
 
 def axis_code(n: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -446,8 +447,9 @@ def fold(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fold_norm(conv: Conv, norm: nn.BatchNorm2d) -> Conv:
+def fold_norm(conv: Conv, norm: nn.Module) -> Conv:
     """A convolution that computes ``norm(conv(x))`` in eval mode; in float64, rounded once."""
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)  # synchronised ones too
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
     shift = norm.bias.double() - norm.running_mean.double() * scale
