@@ -107,6 +107,7 @@ class Generator(nn.Module):
             check_inputs(self._weight(), *named)
         step = 2**self.downsamplings
         for name, frames, _ in named:
+            checks.nonempty(name, frames, 0)
             H, W = frames.shape[-2:]
             if H % step or W % step or min(H, W) < 2 * step:
                 raise ValueError(

@@ -640,6 +640,7 @@ def other_references(**call: torch.Tensor) -> References:
 WRONG_CALLS = {
     "input type": ({"input": None}, TypeError, "input: expected a torch.Tensor, got NoneType"),
     "input rank": ({"input": torch.rand(4, 32, 48)}, ValueError, "input: expected 4 dimensions .*got 3"),
+    "input batch": ({"input": torch.rand(0, 4, 32, 48)}, ValueError, "input: expected a size of at least 1"),
     "input channels": (
         {"input": torch.rand(2, 3, 32, 48)},
         ValueError,
