@@ -1,0 +1,173 @@
+"""Replacements against originals, on what a user's own batch sends through each module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gi_kernels.acceleration.report import Entry
+from gi_kernels.acceleration.swapping import restore, swap
+from gi_kernels.testing import memory, timing
+
+#: Largest error relative to the largest magnitude, by dtype of the result.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+#: Gradients pass many more sums.
+GRADIENT_FACTOR = 5.0
+#: Seconds of timing per module.
+BUDGET = 0.5
+
+
+def verify(model: nn.Module, entries: Sequence[Entry], run: Callable[[], Any], training: bool) -> None:
+    """Compare each entry's module with its replacement; swap those that agree and are faster.
+
+    ``run`` runs the model once, unaccelerated, to see what arrives at each module.
+    """
+    with _undisturbed(model):
+        calls = _recorded(entries, run)
+        for entry in entries:
+            if entry.path not in calls:
+                entry.leave_alone("the batch does not reach it")
+                continue
+            with _undisturbed(entry.module):
+                _compare(entry, calls[entry.path], training)
+    for entry in entries:
+        if entry.replacement is not None:
+            entry.replace()
+
+
+def _compare(entry: Entry, call: _Call, training: bool) -> None:
+    module, replacement = entry.module, entry.replacement
+    assert replacement is not None
+
+    def original() -> Any:
+        return call.run(module, training)
+
+    def accelerated() -> Any:
+        swap(module, replacement)
+        try:
+            return call.run(module, training)
+        finally:
+            restore(module)
+
+    try:
+        with _undisturbed(module):
+            expected = original()
+        with _undisturbed(module):
+            actual = accelerated()
+    except Exception as problem:
+        return entry.leave_alone(f"it failed on the batch: {type(problem).__name__}: {problem}")
+    entry.error = _largest_error(actual[0], expected[0])
+    entry.gradient_error = _largest_error(actual[1], expected[1]) if training else None
+    allowed = min((TOLERANCE.get(t.dtype, 0.0) for t in expected[0]), default=0.0)
+    if not entry.error <= allowed:
+        return entry.leave_alone(f"its result differs by {entry.error:.1e}, {allowed:.0e} is allowed")
+    if entry.gradient_error is not None and not entry.gradient_error <= GRADIENT_FACTOR * allowed:
+        return entry.leave_alone(f"its gradients differ by {entry.gradient_error:.1e}")
+    device = call.device
+    entry.bytes = (memory.peak_extra_bytes(original, device), memory.peak_extra_bytes(accelerated, device))
+    times = timing.interleave({"original": original, "accelerated": accelerated}, device, BUDGET)
+    before, after = times["original"].median, times["accelerated"].median
+    entry.seconds = (before, after)
+    if after >= before:
+        entry.leave_alone(f"it would not be faster: {1e3 * before:.3g} ms before, {1e3 * after:.3g} ms after")
+
+
+class _Call:
+    """The arguments of a module's first call, kept apart from the model."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = _detached(args), _detached(kwargs)
+        self.device = next((t.device for t in _tensors((args, kwargs))), torch.device("cpu"))
+
+    def run(self, module: nn.Module, training: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Results, and in training the gradients of all inputs and parameters that have one."""
+        args, kwargs = _detached((self.args, self.kwargs))
+        if not training:
+            with torch.no_grad():
+                return _tensors(module(*args, **kwargs)), []
+        inputs = [t.requires_grad_() for t in _tensors((args, kwargs)) if t.is_floating_point()]
+        inputs += [p for p in module.parameters() if p.requires_grad]
+        results = [t for t in _tensors(module(*args, **kwargs)) if t.is_floating_point()]
+        outputs = [t for t in results if t.requires_grad]
+        if not outputs or not inputs:
+            return [t.detach() for t in results], []
+        incoming = [
+            torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view(t.shape) for t in outputs
+        ]
+        gradients = torch.autograd.grad(outputs, inputs, incoming, allow_unused=True)
+        zero = (torch.zeros_like(t) if g is None else g for g, t in zip(gradients, inputs, strict=True))
+        return [t.detach() for t in results], list(zero)
+
+
+def _recorded(entries: Sequence[Entry], run: Callable[[], Any]) -> dict[str, _Call]:
+    """What arrives at each module first, by its path."""
+    calls: dict[str, _Call] = {}
+
+    def recorder(path: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if path not in calls:
+                calls[path] = _Call(args, kwargs)
+
+        return record
+
+    handles = [e.module.register_forward_pre_hook(recorder(e.path), with_kwargs=True) for e in entries]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Buffers, such as running statistics, and the random state are the same afterwards."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    devices = {b.device for b in buffers.values() if b.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in module.named_buffers():
+                    buffer.copy_(buffers[name])
+
+
+def _largest_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Relative to the largest magnitude of each tensor; infinite where shapes differ or NaN appears."""
+    if [t.shape for t in actual] != [t.shape for t in expected]:
+        return float("inf")
+    worst = 0.0
+    scale = max((float(t.detach().abs().max()) for t in expected if t.numel()), default=0.0)
+    for a, e in zip(actual, expected, strict=True):
+        if e.numel():
+            error = float((a.detach().double() - e.detach().double()).abs().max())
+            # Numbers that cancel to nothing are small beside the others, not beside themselves.
+            largest = max(float(e.detach().abs().max()), 1e-3 * scale, 1e-12)
+            worst = max(worst, error / largest if error == error else float("inf"))
+    return worst
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, tuple | list):
+        return type(value)(_detached(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _detached(v) for k, v in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [t for v in value for t in _tensors(v)]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in _tensors(v)]
+    return []
