@@ -1,5 +1,9 @@
 """Fused kernels for keyframe propagation: flow warping, deformable aggregation, global attention."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from gi_kernels.dispatch import available_backends, backend, explain
 from gi_kernels.ops.complete_flow import complete_flow
 from gi_kernels.ops.convex_upsample import convex_upsample
@@ -13,10 +17,14 @@ from gi_kernels.ops.projected_aggregation import projected_aggregation
 from gi_kernels.ops.window_pool import window_pool
 from gi_kernels.ops.window_spread import window_spread
 
+if TYPE_CHECKING:
+    from gi_kernels.acceleration import accelerate
+
 __version__ = "0.1.0"
 
 __all__ = [
     "CorrelationPyramid",
+    "accelerate",
     "available_backends",
     "backend",
     "complete_flow",
@@ -32,3 +40,12 @@ __all__ = [
     "window_pool",
     "window_spread",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``accelerate``, and the layers it needs, are loaded when they are first used."""
+    if name == "accelerate":
+        from gi_kernels.acceleration import accelerate
+
+        return accelerate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from gi_kernels import nn as layers
@@ -22,7 +24,12 @@ REPLACEMENTS: tuple[type[Replacement], ...] = (*LAYERS, *FLOW)
 OPERATORS = tuple(r.operator for r in REPLACEMENTS)
 
 #: Layers that are fast as they are.
-_OURS = (layers.DeformableAggregation, layers.LatentAttention, layers.WindowRead, layers.WindowWrite)
+_OURS: dict[type[nn.Module], str] = {
+    layers.DeformableAggregation: "deformable_write",
+    layers.WindowRead: "windowed_read",
+    layers.WindowWrite: "windowed_write",
+    layers.LatentAttention: "attention",
+}
 
 
 def accelerate(
@@ -35,10 +42,10 @@ def accelerate(
 ) -> Report:
     """Let the published modules inside ``model`` run on the kernels of this package, in place.
 
-    Modules are found by the name of their class and the names and shapes of their parameters. Each
-    gets a subclass of its class with another ``forward``: it stays an instance of its class, keeps
-    its parameters, buffers, hooks and keys of the state dict, and can be copied, pickled, compiled and
-    wrapped. Nothing is patched outside of ``model``.
+    Modules are found by the name of their class, or of the class that they inherit ``forward`` from, and
+    the names and shapes of their parameters. Each gets a subclass of its class with another ``forward``:
+    it stays an instance of its class, keeps its parameters, buffers, hooks and keys of the state dict, and
+    can be copied, pickled, compiled and wrapped. Nothing is patched outside of ``model``.
 
     Args:
         model: any module, for instance a published generator, flow wrapper or Lightning module; it may
@@ -46,9 +53,9 @@ def accelerate(
         mode: ``inference`` or ``training``; with ``verify``, whether gradients are compared and timed too.
         operators: names of ``OPERATORS`` to be replaced; by default all.
         verify: a batch on which every replacement is compared with the original, and kept only if it
-            agrees and is faster: a tuple of arguments, a dictionary of keyword arguments, or a function
-            without arguments that runs the model. The one argument of a Lightning module is a
-            dictionary: pass ``(batch,)``. Buffers and the random state are as before afterwards.
+            agrees and is faster: a tensor, a tuple of arguments, a dictionary (of keyword arguments, or
+            the one argument of a ``forward`` that does not name its keys), or a function without
+            arguments that runs the model. The batch, buffers and the random state are as before afterwards.
         strict: whether an operator that was named but not found is an error.
 
     Returns:
@@ -56,68 +63,92 @@ def accelerate(
         why others were left alone. ``report.undo()`` takes everything back.
 
     Raises:
-        TypeError, ValueError: a wrong argument, a model in which nothing could be replaced, or, if
-            strict, an operator that was named and not found. The model is as it was.
+        TypeError, ValueError: a wrong argument, a model in which nothing can be replaced or is fast
+            already, or, if strict, an operator that was named and not found. The model is as it was.
     """
-    _check(model, mode, operators)
-    wanted = OPERATORS if operators is None else tuple(operators)
-    entries = [entry for path, module in model.named_modules() for entry in _found(path, module, wanted)]
+    wanted = _checked(model, mode, operators)
+    run = None if verify is None else _runner(model, verify)
+    entries = [entry for path, module in model.named_modules() if (entry := _found(path, module, wanted))]
     chosen = [entry for entry in entries if entry.replacement]
-    if not chosen:
+    if not any(entry.replacement or entry.fast for entry in entries):
         raise ValueError(f"model: expected published modules to accelerate, found none\n{_listed(entries)}")
-    missing = [name for name in wanted if all(e.operator != name for e in chosen)]
+    found = {entry.operator for entry in entries if entry.replacement or entry.fast}
+    missing = [name for name in wanted if name not in found]
     if operators is not None and strict and missing:
         raise ValueError(f"operators: {missing[0]!r} was not found in the model\n{_listed(entries)}")
-    if verify is not None:
-        verification.verify(model, chosen, _runner(model, verify), training=mode == "training")
+    if run is not None and chosen:
+        verification.verify(model, chosen, run, training=mode == "training")
     else:
         for entry in chosen:
             entry.replace()
     return Report(entries)
 
 
-def _check(model: Any, mode: Any, operators: Any) -> None:
+def _checked(model: Any, mode: Any, operators: Any) -> tuple[str, ...]:
+    """The operators that are wanted."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if mode not in ("inference", "training"):
         raise ValueError(f"mode: expected 'inference' or 'training', got {mode!r}")
-    if isinstance(operators, str):
-        raise TypeError(f"operators: expected a sequence of names, got the string {operators!r}")
-    for name in operators or ():
+    if operators is None:
+        return OPERATORS
+    if isinstance(operators, str) or not isinstance(operators, Iterable):
+        raise TypeError(f"operators: expected a sequence of names, got {operators!r}")
+    wanted = tuple(operators)
+    for name in wanted:
         if name not in OPERATORS:
             raise ValueError(f"operators: expected names among {', '.join(OPERATORS)}, got {name!r}")
+    return wanted
 
 
-def _found(path: str, module: nn.Module, wanted: Sequence[str]) -> list[Entry]:
-    """The entry for a module that is known by the name of its class; none for others."""
-    if isinstance(module, _OURS) and not is_swapped(module):
-        return [Entry(path, module, type(module).__name__, reason="it is a layer of gi_kernels already")]
+def _found(path: str, module: nn.Module, wanted: Sequence[str]) -> Entry | None:
+    """The entry for a module of a known class; None for others."""
     if is_swapped(module):
-        return [Entry(path, module, replacement_of(module).operator, reason="it is accelerated already")]
-    name, reasons = type(module).__name__, {}
+        operator = replacement_of(module).operator
+        return Entry(path, module, operator, reason="it is accelerated already", fast=True)
+    for ours, operator in _OURS.items():
+        if isinstance(module, ours):
+            return Entry(path, module, operator, reason="it is a layer of gi_kernels", fast=True)
+    reasons = {}
     for replacement in REPLACEMENTS:
-        if name not in replacement.replaces:
+        operator = replacement.operator
+        known = next((c for c in type(module).__mro__ if c.__name__ == replacement.replaces), None)
+        if known is None:
             continue
         reason = replacement.refuse(module)
-        if reason is None and replacement.operator not in wanted:
-            reason = "it was not asked for"
         if reason is None:
-            return [Entry(path, module, replacement.operator, replacement)]
-        reasons[replacement.operator] = reason
+            reason = _overridden(module, known) or ("" if operator in wanted else "it was not asked for")
+            return Entry(path, module, operator, None if reason else replacement, reason)
+        reasons[operator] = reason
     if not reasons:
-        return []
+        return None
     operator, reason = next(iter(reasons.items()))
-    return [Entry(path, module, operator, reason=reason)]
+    if len(reasons) > 1:  # a name that two classes have
+        reason = "; ".join(f"as {o}, {r}" for o, r in reasons.items())
+    return Entry(path, module, operator, reason=reason)
+
+
+def _overridden(module: nn.Module, known: type) -> str | None:
+    """Why the ``forward`` that runs is not that of the ``known`` class; None if it is."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    if type(module).forward is not getattr(known, "forward", None):
+        return f"its class {type(module).__name__} has a forward of its own"
+    return None
 
 
 def _runner(model: nn.Module, verify: Any) -> Callable[[], Any]:
+    if isinstance(verify, torch.Tensor):
+        verify = (verify,)
     if isinstance(verify, tuple):
-        return lambda: model(*verify)
+        return lambda: model(*verification.detached(verify))
     if isinstance(verify, dict):
-        return lambda: model(**verify)
+        if set(verify) <= set(inspect.signature(model.forward).parameters):
+            return lambda: model(**verification.detached(verify))
+        return lambda: model(verification.detached(verify))
     if callable(verify):
         return verify
-    raise TypeError(f"verify: expected a tuple, a dict or a function, got {type(verify).__name__}")
+    raise TypeError(f"verify: expected a tensor, tuple, dict or function, got {type(verify).__name__}")
 
 
 def _listed(entries: Sequence[Entry]) -> str:

@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from gi_kernels.acceleration.swapping import MEMORY, Replacement
-from gi_kernels.ops.complete_flow import complete_flow
+from gi_kernels.ops.complete_flow import complete_flow, reference
 from gi_kernels.ops.convex_upsample import convex_upsample
 from gi_kernels.ops.correlation_lookup import CorrelationPyramid
 from gi_kernels.ops.flow_consistency import flow_consistency
 from gi_kernels.ops.flow_warp import flow_warp
 
+_LEVELS = 4
 #: Channels of hidden state and context, and radius of the lookup, of the large and the small network.
 _LARGE, _SMALL = (128, 128, 4), (96, 64, 3)
 
@@ -22,7 +24,7 @@ class FlowNetwork(Replacement):
     """RAFT with lookups and upsampling by kernels; the upsampling mask in the last iteration only."""
 
     operator = "flow_network"
-    replaces = ("RAFT",)
+    replaces = "RAFT"
 
     @classmethod
     def refuse(cls, module: Any) -> str | None:
@@ -37,6 +39,13 @@ class FlowNetwork(Replacement):
             return f"it has {sizes[0]} hidden and {sizes[1]} context channels, as no published network has"
         if getattr(getattr(module, "args", None), "alternate_corr", False):
             return "it computes correlations in a way of its own (alternate_corr)"
+        shapes = {n: tuple(p.shape) for n, p in module.update_block.named_parameters()}
+        windows = _LEVELS * (2 * _radius(module) + 1) ** 2
+        for name, dimension, size in (("encoder.convc1.weight", 1, windows), ("mask.2.weight", 0, 8 * 8 * 9)):
+            if shapes.get(name, (size, size))[dimension] != size:
+                return (
+                    f"parameter update_block.{name} has shape {list(shapes[name])}, expected {size} channels"
+                )
         return None
 
     def forward(
@@ -54,41 +63,40 @@ class FlowNetwork(Replacement):
         features, hidden, context = self._encode(torch.cat([image1, image2]), len(image1))
         return self._iterate(*features.chunk(2), hidden, context, iters, flow_init, test_mode)
 
-    def both_directions(self, target, sources, iters=20):
-        """Flows ``[2,B*T,2,h,w]``: of target ``[B,3,h,w]`` to each of sources ``[B,T,3,h,w]``, and back.
+    def estimate(self, target, sources, iters=20, both=True):
+        """Flows ``[B*T,2,h,w]`` of target ``[B,3,h,w]`` to sources ``[B,T,3,h,w]``; then, if both, back.
 
         Each image is encoded once; images in [-1, 1].
         """
         B, T = sources.shape[:2]
-        encoded = self._encode(torch.cat([target, sources.flatten(0, 1)]), B * (T + 1))
-        pairs = [(e[:B, None].expand(B, T, *e.shape[1:]).flatten(0, 1), e[B:]) for e in encoded]
-        first, hidden, context = (torch.cat(pair) for pair in pairs)
-        second = torch.cat(pairs[0][::-1])
-        return self._iterate(first, second, hidden, context, iters, None, True)[1].unflatten(0, (2, B * T))
+        encoded = self._encode(torch.cat([target, sources.flatten(0, 1)]), B * (T + 1) if both else B)
+        first = [e[:B, None].expand(B, T, *e.shape[1:]).flatten(0, 1) for e in encoded]
+        second = [e[B:] for e in encoded]
+        start = [torch.cat(pair) for pair in zip(first, second, strict=True)] if both else first
+        end = torch.cat([second[0], first[0]]) if both else second[0]
+        return self._iterate(start[0], end, *start[1:], iters, None, True)[1]
 
     def _mixed(self, tensor):
-        enabled = bool(getattr(self.args, "mixed_precision", False)) and tensor.is_cuda
-        return torch.autocast("cuda", enabled=enabled)
+        mixed = getattr(getattr(self, "args", None), "mixed_precision", False)
+        return torch.autocast("cuda", enabled=bool(mixed) and tensor.is_cuda)
 
     def _encode(self, images, count):
         """Features of all images; first hidden state and context of the first ``count``."""
         with self._mixed(images):
-            both = self.cnet(images[:count]).split([self.hidden_dim, self.context_dim], dim=1)
-            return self.fnet(images).float(), torch.tanh(both[0]), torch.relu(both[1])
+            hidden, context = self.cnet(images[:count]).split([self.hidden_dim, self.context_dim], dim=1)
+            return self.fnet(images).float(), torch.tanh(hidden), torch.relu(context)
 
     def _iterate(self, features1, features2, hidden, context, iters, flow_init, test_mode):
-        radius = (_LARGE if self.hidden_dim == _LARGE[0] else _SMALL)[2]
-        pyramid = CorrelationPyramid(features1, features2, levels=4, radius=radius)
+        pyramid = CorrelationPyramid(features1, features2, levels=_LEVELS, radius=_radius(self))
         start = _pixels(features1)
         coords = start if flow_init is None else start + flow_init
         flows = []
         for i in range(iters):
             coords = coords.detach()
+            correlation = pyramid.lookup(coords)
             wanted = i + 1 == iters or not test_mode
             with self._mixed(features1):
-                hidden, mask, delta = self._update(
-                    hidden, context, pyramid.lookup(coords), coords - start, wanted
-                )
+                hidden, mask, delta = self._update(hidden, context, correlation, coords - start, wanted)
             coords = coords + delta
             if wanted:
                 flows.append(_upsample(coords - start, mask))
@@ -106,7 +114,7 @@ class FlowWrapper(Replacement):
     """Both directions as one batch, completion and consistency by kernels, on any device."""
 
     operator = "flow_wrapper"
-    replaces = ("RAFT",)
+    replaces = "RAFT"
 
     @classmethod
     def refuse(cls, module: Any) -> str | None:
@@ -116,10 +124,10 @@ class FlowWrapper(Replacement):
         return None
 
     def forward(self, image1, image2, iters=20, flow_init=None, upsample=True, test_mode=True):
-        if image1.shape[1] not in (3, 4):
-            raise ValueError(f"image1: expected 3 or 4 channels, got {image1.shape[1]}")
-        if flow_init is not None or not (self.return_err or self.return_backward):
+        if flow_init is not None or not test_mode or _depends_on_batch(self):
             return super().forward(image1, image2, iters, flow_init, upsample, test_mode)
+        if not (self.return_err or self.return_backward):
+            return self.estimate(image1, image2[:, None], iters, both=False)[0]
         forward, backward = self.estimate(image1, image2[:, None], iters)
         results = [forward]
         if self.return_err:
@@ -130,91 +138,111 @@ class FlowWrapper(Replacement):
                 results.append(self._error(backward, forward))
         return results
 
-    def estimate(self, target, sources, iters=20):
-        """Completed flows ``[B*T,2,H,W]`` of target ``[B,C,H,W]`` to sources ``[B,T,C,H,W]``, and back."""
-        B, T, C, H, W = sources.shape
-        small = self._prepared(target), self._prepared(sources.flatten(0, 1)).unflatten(0, (B, T))
-        if isinstance(self.raft, FlowNetwork):
-            flow = self.raft.both_directions(*small, iters=iters).flatten(0, 1)
-        else:
-            repeated, flat = small[0][:, None].expand_as(small[1]).flatten(0, 1), small[1].flatten(0, 1)
-            pair = torch.cat([repeated, flat]), torch.cat([flat, repeated])
-            flow = self.raft(*pair, iters=iters, test_mode=True, is_normalized=True)[1]
-        flow = _resized(flow, (H, W))
-        if C == 4:
-            mask = target[:, 3:] if self.input_range == "01" else (target[:, 3:] + 1) / 2
-            mask = mask[:, None].expand(B, T, 1, H, W).flatten(0, 1)
-            flow = complete_flow(flow, torch.cat([mask, mask]))  # the target's mask both ways, as published
-        return flow.chunk(2)
-
-    def _prepared(self, image):
-        if self.input_range == "01":
-            low, high = torch.aminmax(image)
-            if not (low >= 0 and high <= 1):
-                raise ValueError(f"image: expected values in [0, 1], got [{low:.3g}, {high:.3g}]")
-            image = 2 * image - 1
-        return F.interpolate(image[:, :3], size=tuple(self.resolution), mode="bilinear", align_corners=True)
-
     def errors(self, target, sources):
         """Flows and errors ``[B*T,.,H,W]`` of target to sources."""
         forward, backward = self.estimate(target, sources)
         return forward, self._error(forward, backward)
 
+    def estimate(self, target, sources, iters=20, both=True):
+        """Completed flows ``[B*T,2,H,W]`` of target ``[B,C,H,W]`` to sources ``[B,T,C,H,W]``; and back."""
+        B, T, _, H, W = sources.shape
+        C = target.shape[1]
+        if C not in (3, 4):
+            raise ValueError(f"image1: expected 3 or 4 channels, got {C}")
+        if self.input_range == "01":
+            low, high = torch.aminmax(target)
+            if not (low >= 0 and high <= 1):
+                raise ValueError(f"image1: expected values in [0, 1], got [{low:.3g}, {high:.3g}]")
+        small = self._prepared(target), self._prepared(sources.flatten(0, 1)).unflatten(0, (B, T))
+        if isinstance(self.raft, FlowNetwork):
+            flow = self.raft.estimate(*small, iters, both)
+        else:
+            first, second = small[0][:, None].expand_as(small[1]).flatten(0, 1), small[1].flatten(0, 1)
+            if both:
+                first, second = torch.cat([first, second]), torch.cat([second, first])
+            flow = self.raft(first, second, iters=iters, test_mode=True, is_normalized=True)[1]
+        flow = _resized(flow, (H, W))
+        directions = 2 if both else 1
+        if C == 4:
+            mask = target[:, 3:] if self.input_range == "01" else (target[:, 3:] + 1) / 2
+            mask = mask[:, None].expand(B, T, 1, H, W).flatten(0, 1).repeat(directions, 1, 1, 1)
+            flow = _completed(flow, mask.to(flow.dtype))  # the target's mask both ways, as published
+        return flow.chunk(directions)
+
+    def _prepared(self, image):
+        image = image[:, :3]
+        image = 2 * image - 1 if self.input_range == "01" else image
+        return F.interpolate(image, size=tuple(self.resolution), mode="bilinear", align_corners=True)
+
     def _error(self, flow, backward):
         """The published error, its components scaled once more by the ratio of the sizes."""
         H, W = flow.shape[2:]
         h, w = self.resolution
-        if H * w == W * h:  # one factor for both components
+        if H * w == W * h and not flow.requires_grad:  # one factor for both components
             return flow_consistency(flow, backward) * (H / h)
         difference = (flow + flow_warp(backward, flow)).abs()
-        scale = difference.new_tensor([W / w, H / h])[:, None, None]
-        return (difference * scale).mean(dim=1, keepdim=True)
+        return (difference * _vector(difference, W / w, H / h)).mean(dim=1, keepdim=True)
 
 
-class TrainingModule(Replacement):
+class FlowLoop(Replacement):
     """Estimates all references' flows of a batch at once, and not again for the same images."""
 
     operator = "flow_loop"
-    replaces = ("DefaultInpaintingTrainingModule", "BaseInpaintingTrainingModule")
+    replaces = "DefaultInpaintingTrainingModule"
+    passes = 2  # for the generator and for the discriminator
 
     @classmethod
     def refuse(cls, module: Any) -> str | None:
-        if getattr(module, "flow", None) is None:
-            return "it has no flow network"
-        return None
+        return "it has no flow network" if getattr(module, "flow", None) is None else None
 
     def forward(self, batch):
-        if self.flow is not None and "flows" not in batch:
+        if "flows" not in batch and self.flow is not None and not _depends_on_batch(self.flow):
             target = torch.cat([batch["image"], batch["mask"]], dim=1)
             sources = torch.cat([batch["srcs"], batch["srcs_masks"]], dim=2)
-            batch["flows"], batch["flow_errs"], batch["aligned_srcs"] = self._flows(target, sources)
+            batch["flows"], batch["flow_errs"], batch["aligned_srcs"] = self._remembered(target, sources)
         return super().forward(batch)
 
-    @torch.no_grad()
-    def _flows(self, target, sources):
-        """Flows, errors and warped sources, ``[B,T,...]``; those of the last images are remembered.
+    def forget(self):
+        self.__dict__.pop(f"{MEMORY}flows", None)
 
-        A training step comes twice with the same images, for the generator and the discriminator.
-        """
-        key = f"{MEMORY}flows"
-        images, results = self.__dict__.get(key, (None, None))
-        if images is not None and all(
-            a.shape == b.shape and a.device == b.device and torch.equal(a, b)
-            for a, b in zip(images, (target, sources), strict=True)
-        ):
-            return results
+    def _remembered(self, target, sources):
+        """``_flows``, of the last images and weights again without estimating them."""
+        weights = [(t.data_ptr(), t._version) for t in (*self.flow.parameters(), *self.flow.buffers())]
+        last = self.__dict__.get(f"{MEMORY}flows")
+        if last and last[0] == weights and _same(last[1], target) and _same(last[2], sources):
+            return last[3]
+        with torch.inference_mode(False), torch.no_grad():  # what is remembered may serve training
+            target, sources = target.clone(), sources.clone()
+            results = self._flows(target, sources)
+        self.__dict__[f"{MEMORY}flows"] = (weights, target, sources, results)
+        return results
+
+    def _flows(self, target, sources):
+        """Flows, errors and warped sources, ``[B,T,...]``."""
         B, T = sources.shape[:2]
         flat = sources.flatten(0, 1)
         if isinstance(self.flow, FlowWrapper):
             flow, error = self.flow.errors(target, sources)
         else:
             flow, error = self.flow(target[:, None].expand_as(sources).flatten(0, 1), flat)
-        results = tuple(t.unflatten(0, (B, T)) for t in (flow, error, flow_warp(flat, flow)))
-        self.__dict__[key] = ((target.clone(), sources.clone()), results)
-        return results
+        return tuple(t.unflatten(0, (B, T)) for t in (flow, error, flow_warp(flat, flow)))
 
 
-FLOW: tuple[type[Replacement], ...] = (FlowNetwork, FlowWrapper, TrainingModule)
+FLOW: tuple[type[Replacement], ...] = (FlowNetwork, FlowWrapper, FlowLoop)
+
+
+def _radius(network) -> int:
+    return (_LARGE if network.hidden_dim == _LARGE[0] else _SMALL)[2]
+
+
+def _depends_on_batch(module: nn.Module) -> bool:
+    """Whether an item's result depends on the others in its batch, or on chance."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    return any(m.training for m in module.modules() if isinstance(m, kinds))
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def _pixels(features: torch.Tensor) -> torch.Tensor:
@@ -233,10 +261,20 @@ def _upsample(flow: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return convex_upsample(flow, mask.float())
 
 
+def _completed(flow: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``complete_flow``, by its definition where a gradient may be asked for: its kernel has none."""
+    return reference.complete_flow(flow, mask) if flow.requires_grad else complete_flow(flow, mask)
+
+
 def _resized(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resized with its vectors."""
     h, w = flow.shape[2:]
     if (h, w) == size:
         return flow
-    scale = flow.new_tensor([size[1] / w, size[0] / h])[:, None, None]
-    return F.interpolate(flow, size=size, mode="bilinear", align_corners=True) * scale
+    resized = F.interpolate(flow, size=size, mode="bilinear", align_corners=True)
+    return resized * _vector(flow, size[1] / w, size[0] / h)
+
+
+def _vector(like: torch.Tensor, x: float, y: float) -> torch.Tensor:
+    """``[2,1,1]``."""
+    return like.new_tensor([x, y])[:, None, None]

@@ -21,7 +21,7 @@ class DeformableWrite(Replacement, layers.DeformableAggregation):
     """Projects references before the warp, without the target's term, which the softmax removes."""
 
     operator = "deformable_write"
-    replaces = ("DeformableWriteLayer",)
+    replaces = "DeformableWriteLayer"
     channels = property(lambda self: self.v.out_channels)  # type: ignore[assignment]
 
     @classmethod
@@ -43,7 +43,8 @@ class WindowRead(Replacement, layers.WindowRead):
     """Pools windows before it projects them."""
 
     operator = "windowed_read"
-    replaces = ("LocalReadLayer",)
+    replaces = "LocalReadLayer"
+    multiplies = True
     heads = property(lambda self: self.to_logits.out_channels)  # type: ignore[assignment]
     side = property(lambda self: self.num_latents_sqrt)  # type: ignore[assignment]
 
@@ -54,7 +55,7 @@ class WindowRead(Replacement, layers.WindowRead):
         for name in ("mlp.dense1", "mlp.dense2", "projection"):
             shapes |= _linear(name, D)
         shapes |= _pointwise("to_values", D, D)
-        return differing_parameters(module, shapes) or _heads(D, h) or _gelu(module)
+        return differing_parameters(module, shapes) or _heads(D, h) or _windows(module) or _gelu(module)
 
     def forward(self, xlr, xhr, return_attn=False):  # type: ignore[override]
         return layers.WindowRead.forward(self, xlr, xhr, return_attention=return_attn)
@@ -64,7 +65,8 @@ class WindowWrite(Replacement, layers.WindowWrite):
     """Projects latents before it spreads them; batch statistics from sums over windows."""
 
     operator = "windowed_write"
-    replaces = ("LocalWriteLayer",)
+    replaces = "LocalWriteLayer"
+    multiplies = True
     heads = property(lambda self: self.to_logits.out_channels)  # type: ignore[assignment]
     side = property(lambda self: self.num_latents_sqrt)  # type: ignore[assignment]
 
@@ -75,7 +77,7 @@ class WindowWrite(Replacement, layers.WindowWrite):
         for name in ("mlp.dense1", "mlp.dense2", "projection"):
             shapes |= _pointwise(name, D, D)
         shapes |= _linear("to_values", D)
-        return differing_parameters(module, shapes) or _heads(D, h) or _gelu(module)
+        return differing_parameters(module, shapes) or _heads(D, h) or _windows(module) or _gelu(module)
 
     def forward(self, xhr, xlr, return_attn=False):  # type: ignore[override]
         return layers.WindowWrite.forward(self, xhr, xlr, return_attention=return_attn)
@@ -85,7 +87,8 @@ class LatentAttention(Replacement, layers.LatentAttention):
     """Attends without joining keys and values, and without a matrix of scores."""
 
     operator = "attention"
-    replaces = ("AttentionLayer",)
+    replaces = "AttentionLayer"
+    multiplies = True
     heads = property(lambda self: self.attn.num_heads)  # type: ignore[assignment]
 
     @classmethod
@@ -109,10 +112,10 @@ class LatentAttention(Replacement, layers.LatentAttention):
 
 
 class PositionCode(Replacement):
-    """Projects the position code once per size and not for every item and call."""
+    """Makes the position code once per size, and projects it once and not for every item."""
 
     operator = "position_code"
-    replaces = ("LatentInitLayer",)
+    replaces = "LatentInitLayer"
 
     #: Sizes whose code is remembered.
     _MOST = 8
@@ -120,12 +123,12 @@ class PositionCode(Replacement):
     @classmethod
     def refuse(cls, module: Any) -> str | None:
         code = getattr(module, "pos_embeddings", None)
-        if code is None or not callable(code):
-            return "it has no attribute pos_embeddings"
+        if not isinstance(code, nn.Module):
+            return "it has no module pos_embeddings"
         C, inputs = _size(module, "project.bias"), _size(module, "project.weight", 1)
         shapes = {"project.weight": (C, inputs, 1, 1), "project.bias": (C,)}
         shapes["latents"] = tuple(module.latents.shape) if hasattr(module, "latents") else ()
-        if any(True for _ in code.parameters()):
+        if next(code.parameters(), None) is not None:
             return "its position code is trained"
         return differing_parameters(module, shapes)
 
@@ -134,17 +137,17 @@ class PositionCode(Replacement):
         code = self._code(tuple(x.shape[-2:]), x.device)
         weight, bias = self.project.weight, self.project.bias
         shift = F.conv2d(code.to(weight.dtype), weight[:, channels:], bias)
-        return F.conv2d(x, weight[:, :channels]) + shift, self.latents.expand(len(x), -1, -1)
+        return F.conv2d(x, weight[:, :channels]).add_(shift), self.latents.expand(len(x), -1, -1)
 
     def _code(self, size: tuple[int, int], device: torch.device) -> torch.Tensor:
         """``[1, channels, H, W]``."""
-        known = self.__dict__.setdefault(f"{MEMORY}codes", {})
+        known = {} if torch.compiler.is_compiling() else self.__dict__.setdefault(f"{MEMORY}codes", {})
         if (size, device) not in known:
             while len(known) >= self._MOST:
                 known.pop(next(iter(known)))
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # what is remembered may serve training
                 rows = self.pos_embeddings(size, batch_size=1, device=device)  # [1,HW,channels]
-            known[size, device] = rows.transpose(1, 2).unflatten(2, size).contiguous()
+                known[size, device] = rows.transpose(1, 2).unflatten(2, size).contiguous()
         return known[size, device]
 
 
@@ -158,7 +161,10 @@ LAYERS: tuple[type[Replacement], ...] = (
 
 
 def differing_parameters(module: nn.Module, expected: Mapping[str, Sequence[int]]) -> str | None:
-    """Say how the parameters of ``module`` differ from the expected names and shapes; None if not."""
+    """Say why a module is not the published layer with these parameters; None if it is.
+
+    A replacement does not call the children one by one, so nothing may hang on their being called.
+    """
     actual = {name: tuple(p.shape) for name, p in module.named_parameters()}
     missing, unexpected = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     if missing:
@@ -168,6 +174,10 @@ def differing_parameters(module: nn.Module, expected: Mapping[str, Sequence[int]
     for name, shape in expected.items():
         if actual[name] != tuple(shape):
             return f"parameter {name} has shape {list(actual[name])}, expected {list(shape)}"
+    for name, child in module.named_modules():
+        hooks = (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks)
+        if child is not module and any(hooks):
+            return f"{name} has hooks, which would not be called"
     return None
 
 
@@ -193,10 +203,17 @@ def _heads(dim: int, heads: int) -> str | None:
     return None if heads > 0 and dim % heads == 0 else f"{heads} heads do not divide {dim} channels"
 
 
+def _windows(module: nn.Module) -> str | None:
+    side = getattr(module, "num_latents_sqrt", None)
+    return None if isinstance(side, int) and side > 0 else "it has no attribute num_latents_sqrt"
+
+
 def _gelu(module: nn.Module) -> str | None:
     """The replacements apply the exact GELU between the MLP's layers."""
-    activations = [m for m in module.mlp.children() if not isinstance(m, nn.Linear | nn.Conv2d)]
-    for activation in activations:
-        if not isinstance(activation, nn.GELU) or activation.approximate != "none":
-            return f"its MLP has the activation {activation}"
+    others = [m for m in module.mlp.children() if not isinstance(m, nn.Linear | nn.Conv2d)]
+    if not others:
+        return "its MLP has no activation that is a module"
+    for other in others:
+        if not isinstance(other, nn.GELU) or other.approximate != "none":
+            return f"its MLP has a {other}"
     return None

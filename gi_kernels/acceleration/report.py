@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gi_kernels.acceleration.swapping import Replacement, is_swapped, restore, swap
+from gi_kernels.acceleration.swapping import Replacement, restore, swap
 
 
 @dataclass
@@ -22,10 +22,13 @@ class Entry:
     replacement: type[Replacement] | None = None
     #: Why it is left alone.
     reason: str = ""
+    #: Whether it was fast before: a layer of this package, or accelerated already.
+    fast: bool = False
     #: Largest error of results, and of gradients, relative to the largest magnitude; None if not verified.
     error: float | None = None
     gradient_error: float | None = None
-    #: Seconds and peak bytes of one call, before and after; None if not verified.
+    #: Seconds and peak bytes, before and after; None if not verified. Of one call, but of both calls
+    #: of a training step where the module is called twice with the same inputs.
     seconds: tuple[float, float] | None = None
     bytes: tuple[int, int] | None = None
 
@@ -36,8 +39,7 @@ class Entry:
 
     def leave_alone(self, reason: str) -> None:
         """Do not replace it after all."""
-        if is_swapped(self.module):
-            restore(self.module)
+        restore(self.module)
         self.replacement, self.reason = None, reason
 
 
@@ -60,25 +62,25 @@ class Report:
     def undo(self) -> None:
         """Give all modules their own classes back; their behaviour is the same to the bit. Once is enough."""
         for entry in self.replaced:
-            if is_swapped(entry.module):
-                restore(entry.module)
+            restore(entry.module)
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} modules accelerated, {len(self.left_alone)} left alone"]
         for e in self.entries:
-            outcome = f"left alone, {e.reason}" if e.replacement is None else _measured(e)
-            lines.append(f"  {e.path or '(the model)'} ({e.operator}): {outcome}")
+            outcome = f"left alone: {e.reason}" if e.replacement is None else f"by {e.replacement.__name__}"
+            lines.append("; ".join([f"  {e.path or '(the model)'} ({e.operator}) {outcome}", *_measured(e)]))
         return "\n".join(lines)
 
 
-def _measured(e: Entry) -> str:
-    if e.seconds is None:
-        return "replaced"
-    parts = [f"replaced, error {e.error:.1e}"]
+def _measured(e: Entry) -> list[str]:
+    parts = []
+    if e.error is not None:
+        parts.append(f"error {e.error:.1e}")
     if e.gradient_error is not None:
         parts.append(f"gradients {e.gradient_error:.1e}")
-    before, after = e.seconds
-    parts.append(f"{1e3 * before:.3g} ms -> {1e3 * after:.3g} ms ({before / after:.2f}x)")
+    if e.seconds is not None:
+        before, after = e.seconds
+        parts.append(f"{1e3 * before:.3g} ms -> {1e3 * after:.3g} ms ({before / after:.2f}x)")
     if e.bytes is not None:
         parts.append(f"{e.bytes[0] / 2**20:.1f} MiB -> {e.bytes[1] / 2**20:.1f} MiB")
-    return ", ".join(parts)
+    return parts

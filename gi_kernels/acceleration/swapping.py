@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
-#: How attributes begin in which a replacement remembers what it computed; neither copied nor kept.
+from gi_kernels.products import Linear, Pointwise
+
+#: How attributes begin in which a replacement remembers what it computed; never copied.
 MEMORY = "_gi_memory_"
 
 
@@ -25,29 +27,50 @@ class Replacement(nn.Module):
 
     #: What is reported.
     operator: str
-    #: Names of the classes that it can replace.
-    replaces: tuple[str, ...]
+    #: Name of the class that it can replace.
+    replaces: str
+    #: Whether it calls linear layers and 1x1 convolutions, which then get a faster forward too.
+    multiplies = False
+    #: How often a training step calls the module with the same inputs.
+    passes = 1
 
     @classmethod
     def refuse(cls, module: Any) -> str | None:
         """Why ``module``, of a class with the right name, cannot be replaced; None if it can."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """Forget what was computed for the last inputs."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if not name.startswith(MEMORY)}
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        state = reduced[2]
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if not name.startswith(MEMORY)}
         return _revive, (original_class(self), replacement_of(self)), state
 
 
 def swap(module: nn.Module, replacement: type[Replacement]) -> None:
-    """Exchange the class of ``module``, in place."""
+    """Exchange the class of ``module``, and of the products in it, in place."""
     module.__class__ = _mixed(type(module), replacement)
+    if replacement.multiplies:
+        for child in module.modules():
+            if type(child) is nn.Linear:
+                child.__class__ = Linear
+            elif type(child) is nn.Conv2d and _is_pointwise(child):
+                child.__class__ = Pointwise
 
 
-def restore(module: nn.Module) -> None:
-    """Give ``module`` its own class back, in place."""
-    module.__class__ = original_class(module)
-    for name in [n for n in module.__dict__ if n.startswith(MEMORY)]:
-        del module.__dict__[name]
+def restore(module: nn.Module, clear: bool = True) -> None:
+    """Give ``module`` its own class back, in place, and clear what its replacement remembers."""
+    if is_swapped(module):
+        if replacement_of(module).multiplies:
+            for child in module.modules():
+                child.__class__ = {Linear: nn.Linear, Pointwise: nn.Conv2d}.get(type(child), type(child))
+        module.__class__ = original_class(module)
+    if clear:
+        for name in [n for n in module.__dict__ if n.startswith(MEMORY)]:
+            del module.__dict__[name]
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -63,6 +86,11 @@ def replacement_of(module: nn.Module) -> type[Replacement]:
 def is_swapped(module: nn.Module) -> bool:
     """Whether ``swap`` was applied."""
     return isinstance(module, Replacement)
+
+
+def _is_pointwise(layer: nn.Conv2d) -> bool:
+    sizes = (layer.kernel_size, layer.stride, layer.padding, layer.groups)
+    return sizes == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def _mixed(original: type[nn.Module], replacement: type[Replacement]) -> type[nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,78 +20,100 @@ GRADIENT_FACTOR = 5.0
 #: Seconds of timing per module.
 BUDGET = 0.5
 
+_Outcome = tuple[list[torch.Tensor], list[torch.Tensor]]
+
 
 def verify(model: nn.Module, entries: Sequence[Entry], run: Callable[[], Any], training: bool) -> None:
     """Compare each entry's module with its replacement; swap those that agree and are faster.
 
-    ``run`` runs the model once, unaccelerated, to see what arrives at each module.
+    ``run`` runs the model once, as it is, to see what arrives at each module. Children come before
+    their parents, which are then compared as they will be: with the children that were swapped.
     """
     with _undisturbed(model):
-        calls = _recorded(entries, run)
-        for entry in entries:
-            if entry.path not in calls:
-                entry.leave_alone("the batch does not reach it")
-                continue
-            with _undisturbed(entry.module):
-                _compare(entry, calls[entry.path], training)
-    for entry in entries:
-        if entry.replacement is not None:
-            entry.replace()
+        calls = _recorded(entries, run, training)
+        try:
+            for entry in reversed(entries):
+                if entry.path in calls:
+                    _compare(entry, calls[entry.path], training)
+                else:
+                    entry.leave_alone("the batch does not reach it")
+        except BaseException:
+            for entry in entries:
+                restore(entry.module)
+            raise
 
 
 def _compare(entry: Entry, call: _Call, training: bool) -> None:
     module, replacement = entry.module, entry.replacement
     assert replacement is not None
+    passes = replacement.passes if training else 1
 
-    def original() -> Any:
-        return call.run(module, training)
+    def original() -> _Outcome:
+        return [call.run(module) for _ in range(passes)][-1]
 
-    def accelerated() -> Any:
+    def accelerated() -> _Outcome:
         swap(module, replacement)
         try:
-            return call.run(module, training)
+            module.forget()  # type: ignore[operator]
+            return original()
         finally:
-            restore(module)
+            restore(module, clear=False)
 
-    try:
-        with _undisturbed(module):
-            expected = original()
-        with _undisturbed(module):
-            actual = accelerated()
-    except Exception as problem:
-        return entry.leave_alone(f"it failed on the batch: {type(problem).__name__}: {problem}")
-    entry.error = _largest_error(actual[0], expected[0])
-    entry.gradient_error = _largest_error(actual[1], expected[1]) if training else None
-    allowed = min((TOLERANCE.get(t.dtype, 0.0) for t in expected[0]), default=0.0)
-    if not entry.error <= allowed:
-        return entry.leave_alone(f"its result differs by {entry.error:.1e}, {allowed:.0e} is allowed")
-    if entry.gradient_error is not None and not entry.gradient_error <= GRADIENT_FACTOR * allowed:
-        return entry.leave_alone(f"its gradients differ by {entry.gradient_error:.1e}")
-    device = call.device
-    entry.bytes = (memory.peak_extra_bytes(original, device), memory.peak_extra_bytes(accelerated, device))
-    times = timing.interleave({"original": original, "accelerated": accelerated}, device, BUDGET)
-    before, after = times["original"].median, times["accelerated"].median
-    entry.seconds = (before, after)
+    with _undisturbed(module):
+        try:
+            with _undisturbed(module):
+                expected = original()
+            with _undisturbed(module):
+                actual = accelerated()
+        except Exception as problem:
+            return entry.leave_alone(f"it failed on the batch: {type(problem).__name__}: {problem}")
+        entry.error = _largest_error(actual[0], expected[0])
+        if call.differentiated:
+            entry.gradient_error = _largest_error(actual[1], expected[1])
+        allowed = min((TOLERANCE.get(t.dtype, 0.0) for t in expected[0]), default=0.0)
+        if not entry.error <= allowed:
+            return entry.leave_alone(f"its result differs, {allowed:.0e} is allowed")
+        if entry.gradient_error is not None and not entry.gradient_error <= GRADIENT_FACTOR * allowed:
+            return entry.leave_alone(f"its gradients differ, {GRADIENT_FACTOR * allowed:.0e} is allowed")
+        del expected, actual
+        device = call.device
+        entry.bytes = (
+            memory.peak_extra_bytes(original, device),
+            memory.peak_extra_bytes(accelerated, device),
+        )
+        times = timing.interleave({"original": original, "accelerated": accelerated}, device, BUDGET)
+        before, after = times["original"].median, times["accelerated"].median
+        entry.seconds = (before, after)
     if after >= before:
-        entry.leave_alone(f"it would not be faster: {1e3 * before:.3g} ms before, {1e3 * after:.3g} ms after")
+        return entry.leave_alone("it would not be faster")
+    entry.replace()
 
 
 class _Call:
-    """The arguments of a module's first call, kept apart from the model."""
+    """The arguments of a module's first call, kept apart from the model, and its surroundings."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = _detached(args), _detached(kwargs)
+        self.args, self.kwargs = detached(args), detached(kwargs)
         self.device = next((t.device for t in _tensors((args, kwargs))), torch.device("cpu"))
+        self.differentiated = torch.is_grad_enabled()
+        kind = self.device.type
+        self.autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self.dtype = torch.get_autocast_dtype(kind) if self.autocast else None
 
-    def run(self, module: nn.Module, training: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Results, and in training the gradients of all inputs and parameters that have one."""
-        args, kwargs = _detached((self.args, self.kwargs))
-        if not training:
-            with torch.no_grad():
-                return _tensors(module(*args, **kwargs)), []
-        inputs = [t.requires_grad_() for t in _tensors((args, kwargs)) if t.is_floating_point()]
-        inputs += [p for p in module.parameters() if p.requires_grad]
-        results = [t for t in _tensors(module(*args, **kwargs)) if t.is_floating_point()]
+    def run(self, module: nn.Module) -> _Outcome:
+        """Results, and gradients of all inputs and parameters where the model's call could have some.
+
+        The module's own hooks are not called: they saw the batch when it was recorded.
+        """
+        args, kwargs = detached((self.args, self.kwargs))
+        autocast = torch.autocast(self.device.type, self.dtype) if self.autocast else nullcontext()
+        inputs = [t for t in _tensors((args, kwargs)) if t.is_floating_point()]
+        if self.differentiated:
+            inputs = [t.requires_grad_() for t in inputs] + [
+                p for p in module.parameters() if p.requires_grad
+            ]
+        with torch.set_grad_enabled(self.differentiated), autocast:
+            results = [t for t in _tensors(module.forward(*args, **kwargs)) if t.is_floating_point()]
         outputs = [t for t in results if t.requires_grad]
         if not outputs or not inputs:
             return [t.detach() for t in results], []
@@ -103,7 +125,7 @@ class _Call:
         return [t.detach() for t in results], list(zero)
 
 
-def _recorded(entries: Sequence[Entry], run: Callable[[], Any]) -> dict[str, _Call]:
+def _recorded(entries: Sequence[Entry], run: Callable[[], Any], training: bool) -> dict[str, _Call]:
     """What arrives at each module first, by its path."""
     calls: dict[str, _Call] = {}
 
@@ -116,7 +138,7 @@ def _recorded(entries: Sequence[Entry], run: Callable[[], Any]) -> dict[str, _Ca
 
     handles = [e.module.register_forward_pre_hook(recorder(e.path), with_kwargs=True) for e in entries]
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(training and torch.is_grad_enabled()):
             run()
     finally:
         for handle in handles:
@@ -128,14 +150,15 @@ def _recorded(entries: Sequence[Entry], run: Callable[[], Any]) -> dict[str, _Ca
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """Buffers, such as running statistics, and the random state are the same afterwards."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    devices = {b.device for b in buffers.values() if b.is_cuda}
+    devices = {t.device for t in (*module.parameters(), *buffers.values()) if t.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, buffer in module.named_buffers():
-                    buffer.copy_(buffers[name])
+                    if name in buffers:
+                        buffer.copy_(buffers[name])
 
 
 def _largest_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
@@ -153,13 +176,14 @@ def _largest_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tens
     return worst
 
 
-def _detached(value: Any) -> Any:
+def detached(value: Any) -> Any:
+    """The same with every tensor detached and copied."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, tuple | list):
-        return type(value)(_detached(v) for v in value)
+        return type(value)(detached(v) for v in value)
     if isinstance(value, dict):
-        return {k: _detached(v) for k, v in value.items()}
+        return {k: detached(v) for k, v in value.items()}
     return value
 
 
