@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gi_kernels import nn as layers
 from gi_kernels.acceleration import verification
 from gi_kernels.acceleration.flow import FLOW
 from gi_kernels.acceleration.layers import LAYERS
 from gi_kernels.acceleration.report import Entry, Report
 from gi_kernels.acceleration.swapping import Replacement, is_swapped, replacement_of
+from gi_kernels.nn import DeformableAggregation, LatentAttention, WindowRead, WindowWrite
 
 Mode = Literal["inference", "training"]
 
@@ -25,10 +25,10 @@ OPERATORS = tuple(r.operator for r in REPLACEMENTS)
 
 #: Layers that are fast as they are.
 _OURS: dict[type[nn.Module], str] = {
-    layers.DeformableAggregation: "deformable_write",
-    layers.WindowRead: "windowed_read",
-    layers.WindowWrite: "windowed_write",
-    layers.LatentAttention: "attention",
+    DeformableAggregation: "deformable_write",
+    WindowRead: "windowed_read",
+    WindowWrite: "windowed_write",
+    LatentAttention: "attention",
 }
 
 

@@ -75,12 +75,12 @@ def restore(module: nn.Module, clear: bool = True) -> None:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a swapped module before it was."""
-    return type(module).__bases__[-1]
+    return type(module).__bases__[0]
 
 
 def replacement_of(module: nn.Module) -> type[Replacement]:
     """The replacement that a swapped module was given."""
-    return type(module).__bases__[0]
+    return type(module).__bases__[1]
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -97,8 +97,14 @@ def _mixed(original: type[nn.Module], replacement: type[Replacement]) -> type[nn
     """The same class for the same two, so that copies of a module have one class."""
     key = (original, replacement)
     if key not in _MIXED:
+        # Python lets an object change its class only for one whose first base has the same layout, which
+        # of classes that begin with an ABC, as Lightning's do, only they themselves have. So the original
+        # comes first, and a metaclass lets methods be looked up as if it came last.
+        kind: Any = type(original)
         names = {"__module__": replacement.__module__, "__doc__": replacement.__doc__}
-        _MIXED[key] = type(f"Accelerated{original.__name__}", key[::-1], names)
+        order = kind("", key[::-1], {}).__mro__[1:]
+        mixing = type(kind.__name__, (kind,), {"mro": lambda cls: (cls, *order)})
+        _MIXED[key] = mixing(f"Accelerated{original.__name__}", key, names)
     return _MIXED[key]
 
 

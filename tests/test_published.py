@@ -1,0 +1,183 @@
+"""``accelerate`` on the published classes themselves.
+
+Runs where ``GI_PUBLISHED`` names a checkout of runwayml/guided-inpainting, whose code needs ``einops`` and
+``kornia``; what else it imports and these classes do not use is stubbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import os
+import sys
+from abc import ABC
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from test_acceleration import assert_close, assert_identical, batch_of, masked_frames, randomised, tensors
+from torch import nn
+
+from gi_kernels.acceleration import OPERATORS, accelerate
+
+CHECKOUT = os.environ.get("GI_PUBLISHED")
+pytestmark = [
+    pytest.mark.skipif(CHECKOUT is None, reason="GI_PUBLISHED names no checkout of the published code"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+LAMA = "gi.modules.lama.saicinpainting"
+STUBBED = (
+    *("pandas", "cv2", "skimage", "torchvision", "gi.main"),
+    *("pytorch_lightning", "pytorch_lightning.utilities", "pytorch_lightning.utilities.apply_func"),
+    *(f"{LAMA}.evaluation", f"{LAMA}.training.data", f"{LAMA}.training.data.datasets"),
+    *(f"{LAMA}.training.losses.{n}" for n in ("perceptual", "distance_weighting")),
+    *(f"{LAMA}.training.modules.{n}" for n in ("fake_fakes", "pix2pixhd", "ffc", "ffc_multiframe")),
+    *(f"{LAMA}.training.visualizers{n}" for n in ("", ".base")),
+)
+
+
+class LightningModule(ABC, nn.Module):
+    """As far as the training module's ``forward`` needs it."""
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Imports a module of the checkout by name."""
+    assert Path(CHECKOUT, "gi").is_dir(), f"GI_PUBLISHED: {CHECKOUT} has no folder gi"
+    before, path = dict(sys.modules), list(sys.path)
+    sys.path.insert(0, CHECKOUT)
+    sys.modules.update({name: MagicMock() for name in STUBBED})
+    sys.modules["pytorch_lightning"].LightningModule = LightningModule
+    yield lambda name: importlib.import_module(f"gi.{name}")
+    sys.path[:] = path
+    for name in [n for n in sys.modules if n.split(".")[0] == "gi" or n in STUBBED]:
+        del sys.modules[name]
+    sys.modules.update({name: module for name, module in before.items() if name in STUBBED})
+
+
+@pytest.fixture
+def on_the_cpu(published, monkeypatch):
+    """The published completion asks for a GPU by name."""
+    utilities = published("modules.RAFT.flow_utils")
+    stub = MagicMock(wraps=torch)
+    stub.device = lambda _: torch.device("cpu")
+    for name in ("float32", "Tensor"):
+        setattr(stub, name, getattr(torch, name))
+    monkeypatch.setattr(utilities, "torch", stub)
+
+
+def generator(published, blocks=2):
+    torch.manual_seed(0)
+    made = published("modules.gi.lama_guided").GIResNetGenerator(
+        *(4, 3),
+        ngf=16,
+        n_blocks=blocks,
+        num_latents_sqrt=4,
+        add_out_act="sigmoid",
+        is_deformable=True,
+        is_crossattending=True,
+        n_cross=2,
+        max_features=512,
+        n_downsampling=5,
+    )
+    return randomised(made)
+
+
+def flow_network(published, small=False):
+    torch.manual_seed(0)
+    args = argparse.Namespace(small=small, mixed_precision=True, dropout=0, alternate_corr=False)
+    return published("modules.RAFT.raft").RAFT(args).eval()
+
+
+def flow_wrapper(published, **options):
+    kind = published("modules.warp.raft").RAFT
+    wrapper = kind.__new__(kind)
+    nn.Module.__init__(wrapper)
+    wrapper.raft = flow_network(published)
+    wrapper.resolution, wrapper.input_range, wrapper.return_backward = (128, 128), "01", False
+    wrapper.return_err = True
+    for name, value in options.items():
+        setattr(wrapper, name, value)
+    return wrapper.eval()
+
+
+def training_module(published):
+    kind = published("models.inpainting.lama_guided").DefaultInpaintingTrainingModule
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    module.generator, module.flow = generator(published), flow_wrapper(published)
+    module.rescale_size_getter = module.const_area_crop_kwargs = module.add_noise_kwargs = None
+    module.refine_mask_for_losses, module.fake_fakes_proba = None, 0
+    module.concat_mask, module.visualize_attn = True, False
+    module.flow.train = lambda mode=True: module.flow
+    return module
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("size", [(128, 128), (160, 224)], ids=str)
+def test_generator(published, size, training):
+    model = generator(published).train(training)
+    ours = copy.deepcopy(model)
+    report = accelerate(ours)
+    assert not report.left_alone
+    assert {e.operator for e in report.replaced} == set(OPERATORS[:5])
+    input, srcs = masked_frames(2, 4, *size), masked_frames(2, 2, 4, *size)
+    flows, errors = 4 * torch.randn(2, 2, 2, *size), torch.rand(2, 2, 1, *size)
+    results = []
+    for m in (ours, model):
+        out = m(input, srcs=srcs, flows=flows, flow_errs=errors)
+        (out - 0.5).square().sum().backward()
+        results.append((out, [p.grad for p in m.parameters()]))
+    assert_close(results[0][0], results[1][0], 1e-3)
+    assert_close(
+        [g for g in results[0][1] if g is not None], [g for g in results[1][1] if g is not None], 2e-2
+    )
+    assert_close([b.float() for b in ours.buffers()], [b.float() for b in model.buffers()], 1e-3)
+    with torch.no_grad():
+        attended = [
+            m.eval()(input, srcs=srcs, flows=flows, flow_errs=errors, return_attn=True) for m in (ours, model)
+        ]
+    assert_close(*attended, 1e-3)
+    report.undo()
+    assert [type(m) for m in ours.modules()] == [type(m) for m in model.modules()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("small", [False, True], ids=["large", "small"])
+def test_flow_network(published, small):
+    model = flow_network(published, small)
+    ours = copy.deepcopy(model)
+    accelerate(ours)
+    images = 255 * masked_frames(2, 1, 3, 128, 136)[:, :, :3]
+    for options in ({"iters": 4}, {"iters": 3, "test_mode": False}):
+        assert_close(ours(*images, **options), model(*images, **options), 1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(128, 128), (96, 176)], ids=str)
+@pytest.mark.parametrize("backward", [False, True])
+def test_flow_wrapper(published, on_the_cpu, size, backward):
+    model = flow_wrapper(published, return_backward=backward)
+    frames = masked_frames(2, 1, 4, *size)
+    expected = model(*frames.clone(), iters=4)
+    accelerate(model)
+    assert_close(model(*frames, iters=4), expected, 1e-3)
+
+
+@torch.no_grad()
+def test_training_module(published, on_the_cpu):
+    model, batch = training_module(published), batch_of()
+    expected = model.eval()(dict(batch))
+    report = accelerate(model)
+    assert {e.operator for e in report.replaced} == set(OPERATORS)
+    actual = model(dict(batch))
+    assert list(actual) == list(expected)
+    for name in expected:
+        assert_close(actual[name], expected[name], 2e-3)
+    again = model(dict(batch))
+    assert again["flows"] is actual["flows"]
+    report.undo()
+    assert_identical(tensors(model(dict(batch))), tensors(expected))
