@@ -13,7 +13,7 @@ from gi_kernels.acceleration.report import Entry
 from gi_kernels.acceleration.swapping import restore, swap
 from gi_kernels.testing import memory, timing
 
-#: Largest error relative to the largest magnitude, by dtype of the result.
+#: Largest error relative to the largest magnitude, by dtype of the result, or of autocast.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 #: Gradients pass many more sums.
 GRADIENT_FACTOR = 5.0
@@ -67,10 +67,10 @@ def _compare(entry: Entry, call: _Call, training: bool) -> None:
                 actual = accelerated()
         except Exception as problem:
             return entry.leave_alone(f"it failed on the batch: {type(problem).__name__}: {problem}")
-        entry.error = _largest_error(actual[0], expected[0])
+        allowed = min((TOLERANCE.get(call.dtype or t.dtype, 0.0) for t in expected[0]), default=0.0)
+        entry.error = _largest_error(actual[0], expected[0], allowed)
         if call.differentiated:
-            entry.gradient_error = _largest_error(actual[1], expected[1])
-        allowed = min((TOLERANCE.get(t.dtype, 0.0) for t in expected[0]), default=0.0)
+            entry.gradient_error = _largest_error(actual[1], expected[1], allowed)
         if not entry.error <= allowed:
             return entry.leave_alone(f"its result differs, {allowed:.0e} is allowed")
         if entry.gradient_error is not None and not entry.gradient_error <= GRADIENT_FACTOR * allowed:
@@ -115,7 +115,7 @@ class _Call:
         with torch.set_grad_enabled(self.differentiated), autocast:
             results = [t for t in _tensors(module.forward(*args, **kwargs)) if t.is_floating_point()]
         outputs = [t for t in results if t.requires_grad]
-        if not outputs or not inputs:
+        if not (self.differentiated and outputs and inputs):
             return [t.detach() for t in results], []
         incoming = [
             torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view(t.shape) for t in outputs
@@ -161,18 +161,21 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
                         buffer.copy_(buffers[name])
 
 
-def _largest_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Relative to the largest magnitude of each tensor; infinite where shapes differ or NaN appears."""
+def _largest_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], least: float) -> float:
+    """Relative to each tensor's largest magnitude; infinite where shapes differ or NaN appears.
+
+    A magnitude counts as at least ``least`` of the largest among all: numbers that cancel to nothing are
+    small beside the others, not beside themselves.
+    """
     if [t.shape for t in actual] != [t.shape for t in expected]:
         return float("inf")
+    magnitudes = [float(t.detach().abs().max()) if t.numel() else 0.0 for t in expected]
+    floor = max(least * max(magnitudes, default=0.0), 1e-12)
     worst = 0.0
-    scale = max((float(t.detach().abs().max()) for t in expected if t.numel()), default=0.0)
-    for a, e in zip(actual, expected, strict=True):
+    for a, e, magnitude in zip(actual, expected, magnitudes, strict=True):
         if e.numel():
             error = float((a.detach().double() - e.detach().double()).abs().max())
-            # Numbers that cancel to nothing are small beside the others, not beside themselves.
-            largest = max(float(e.detach().abs().max()), 1e-3 * scale, 1e-12)
-            worst = max(worst, error / largest if error == error else float("inf"))
+            worst = max(worst, error / max(magnitude, floor) if error == error else float("inf"))
     return worst
 
 
