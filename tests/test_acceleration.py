@@ -244,6 +244,22 @@ def test_flow_network_agrees(small, test_mode):
     assert_close([g for g in actual if g is not None], [g for g in expected if g is not None], 1e-3)
 
 
+class OtherConv(nn.Conv2d):
+    """A convolution whose forward may be anything."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [nn.Conv2d, OtherConv])
+def test_gates_with_and_without_the_context_apart(kind):
+    module = raft()
+    for conv in module.update_block.gru.children():
+        conv.__class__ = kind
+    images = 255 * masked_frames(2, 1, 3, 128, 128)[:, :, :3]
+    expected = module(*images, iters=2)
+    accelerate(module)
+    assert_close(module(*images, iters=2), expected)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(128, 128), (96, 176)], ids=str)
 @pytest.mark.parametrize("channels", [3, 4])

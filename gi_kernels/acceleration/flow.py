@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ _LARGE, _SMALL = (128, 128, 4), (96, 64, 3)
 
 
 class FlowNetwork(Replacement):
-    """RAFT with lookups and upsampling by kernels; the upsampling mask in the last iteration only."""
+    """RAFT with lookups and upsampling by kernels.
+
+    The upsampling mask is computed in the last iteration only, the context's part of the gates once.
+    """
 
     operator = "flow_network"
     replaces = "RAFT"
@@ -88,6 +92,8 @@ class FlowNetwork(Replacement):
 
     def _iterate(self, features1, features2, hidden, context, iters, flow_init, test_mode):
         pyramid = CorrelationPyramid(features1, features2, levels=_LEVELS, radius=_radius(self))
+        with self._mixed(features1):
+            passes = _gru_passes(self.update_block.gru, hidden, context)
         start = _pixels(features1)
         coords = start if flow_init is None else start + flow_init
         flows = []
@@ -96,18 +102,18 @@ class FlowNetwork(Replacement):
             correlation = pyramid.lookup(coords)
             wanted = i + 1 == iters or not test_mode
             with self._mixed(features1):
-                hidden, mask, delta = self._update(hidden, context, correlation, coords - start, wanted)
+                motion = self.update_block.encoder(coords - start, correlation)
+                for step in passes:
+                    hidden = step(hidden, motion)
+                delta = self.update_block.flow_head(hidden)
+                mask = self._mask(hidden) if wanted else None
             coords = coords + delta
             if wanted:
                 flows.append(_upsample(coords - start, mask))
         return (coords - start, flows[-1]) if test_mode else flows
 
-    def _update(self, hidden, context, correlation, flow, wanted):
-        """One iteration; the mask is computed where its result is used."""
-        block = self.update_block
-        hidden = block.gru(hidden, torch.cat([context, block.encoder(flow, correlation)], dim=1))
-        mask = 0.25 * block.mask(hidden) if wanted and hasattr(block, "mask") else None
-        return hidden, mask, block.flow_head(hidden)
+    def _mask(self, hidden):
+        return 0.25 * self.update_block.mask(hidden) if hasattr(self.update_block, "mask") else None
 
 
 class FlowWrapper(Replacement):
@@ -233,6 +239,33 @@ FLOW: tuple[type[Replacement], ...] = (FlowNetwork, FlowWrapper, FlowLoop)
 
 def _radius(network) -> int:
     return (_LARGE if network.hidden_dim == _LARGE[0] else _SMALL)[2]
+
+
+def _gru_passes(gru, hidden, context):
+    """The passes of an iteration's GRU, functions of hidden state and motion.
+
+    The context is the same in all iterations: its part of the gates is computed once.
+    """
+    H, inputs = hidden.shape[1], hidden.shape[1] + context.shape[1]
+    passes = []
+    for suffix in ("1", "2") if hasattr(gru, "convz1") else ("",):
+        convs = [getattr(gru, f"conv{gate}{suffix}", None) for gate in "zrq"]
+        if not all(type(c) is nn.Conv2d and len(c.weight) == H and c.weight.shape[1] > inputs for c in convs):
+            return [lambda h, motion: gru(h, torch.cat([context, motion], dim=1))]
+        weight, bias = torch.cat([c.weight for c in convs]), torch.cat([c.bias for c in convs])
+        weights = weight.split([H, inputs - H, weight.shape[1] - inputs], dim=1)
+        fixed = F.conv2d(context, weights[1], bias, padding=convs[0].padding)
+        passes.append(partial(_gru_pass, weights[0], weights[2], fixed, convs[0].padding))
+    return passes
+
+
+def _gru_pass(hidden_weight, motion_weight, fixed, padding, h, motion):
+    H = h.shape[1]
+    given = F.conv2d(motion, motion_weight, padding=padding) + fixed
+    gates = F.conv2d(h, hidden_weight[: 2 * H], padding=padding) + given[:, : 2 * H]
+    z, r = gates.sigmoid().chunk(2, dim=1)
+    q = (F.conv2d(r * h, hidden_weight[2 * H :], padding=padding) + given[:, 2 * H :]).tanh()
+    return (1 - z) * h + z * q
 
 
 def _depends_on_batch(module: nn.Module) -> bool:

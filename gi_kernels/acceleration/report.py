@@ -27,8 +27,8 @@ class Entry:
     #: Largest error of results, and of gradients, relative to the largest magnitude; None if not verified.
     error: float | None = None
     gradient_error: float | None = None
-    #: Seconds and peak bytes, before and after; None if not verified. Of one call, but of both calls
-    #: of a training step where the module is called twice with the same inputs.
+    #: Seconds and peak bytes, before and after; None if not verified. Modules inside are accelerated
+    #: before, too. Of one call, but of both calls of a training step where the inputs are the same twice.
     seconds: tuple[float, float] | None = None
     bytes: tuple[int, int] | None = None
 
