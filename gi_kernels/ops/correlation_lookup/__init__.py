@@ -81,21 +81,49 @@ class CorrelationPyramid:
         checks.nonempty("features1", features1, 1)
         checks.positive("levels", levels)
         checks.positive("radius", radius)
-        if mode not in ("auto", "dense", "on_demand"):
-            raise ValueError(f"mode: expected 'auto', 'dense' or 'on_demand', got {mode!r}")
-        if mode == "auto":
-            numbers = size["B"] * size["H1"] * size["W1"] * size["H2"] * size["W2"] * 4 // 3
-            mode = "dense" if numbers * features1.element_size() <= DENSE_LIMIT else "on_demand"
         self.radius = radius
-        self.mode: Mode = mode
+        self.mode = _chosen(mode, features1, features2)
         self.size = size
         self.features1 = features1
         #: Volumes [B,H1*W1,H,W] (dense) or features [B,C,H,W] (on demand), finest level first.
         self.pyramid: Sequence[torch.Tensor]
-        if mode == "dense":
+        if self.mode == "dense":
             self.pyramid = reference.volume_pyramid(features1, features2, levels)
         else:
             self.pyramid = reference.pool_pyramid(features2, levels)
+
+    @classmethod
+    def both_ways(
+        cls,
+        features1: torch.Tensor,
+        features2: torch.Tensor,
+        levels: int = 4,
+        radius: int = 4,
+        mode: Mode = "auto",
+    ) -> CorrelationPyramid:
+        """Pyramid of the ``B`` given pairs and, behind them in the batch, of the same pairs swapped.
+
+        Like ``CorrelationPyramid(cat([features1, features2]), cat([features2, features1]), ...)``, but
+        a swapped pair's volume is the transpose of the given one's and is not computed again. ``mode``
+        ``auto`` counts the bytes of all ``2B``.
+
+        Args:
+            features1, features2: ``[B, C, H, W]``, of one size; else as for the class.
+        """
+        features1, features2 = autocast(features1=features1, features2=features2)
+        checks.shapes(("features1", features1, "B C H W"), ("features2", features2, "B C H W"))
+        checks.same_dtype(("features1", features1), ("features2", features2))
+        checks.positive("levels", levels)
+        first, second = torch.cat([features1, features2]), torch.cat([features2, features1])
+        if _chosen(mode, first, second) == "on_demand":
+            return cls(first, second, levels, radius, "on_demand")
+        pyramid = cls(features1, features2, 1, radius, "dense")
+        volume = pyramid.pyramid[0].flatten(2)  # [B,HW,HW]
+        both = torch.cat([volume, volume.transpose(1, 2)]).unflatten(2, features1.shape[2:])
+        pyramid.pyramid = reference.pool_pyramid(both, levels)
+        pyramid.features1 = first
+        pyramid.size["B"] *= 2
+        return pyramid
 
     def lookup(self, coords: torch.Tensor) -> torch.Tensor:
         """Windows around ``coords``.
@@ -121,6 +149,18 @@ class CorrelationPyramid:
         if self.mode == "dense":
             return dispatch.run(DENSE, self.pyramid, coords, self.radius)
         return dispatch.run(ON_DEMAND, self.features1, self.pyramid, coords, self.radius)
+
+
+def _chosen(mode: Mode, features1: torch.Tensor, features2: torch.Tensor) -> Mode:
+    """``mode``, and what ``auto`` comes to."""
+    if mode not in ("auto", "dense", "on_demand"):
+        raise ValueError(f"mode: expected 'auto', 'dense' or 'on_demand', got {mode!r}")
+    if mode != "auto":
+        return mode
+    B, _, H1, W1 = features1.shape
+    H2, W2 = features2.shape[2:]
+    numbers = B * H1 * W1 * H2 * W2 * 4 // 3
+    return "dense" if numbers * features1.element_size() <= DENSE_LIMIT else "on_demand"
 
 
 def _cpp(volumes: Sequence[torch.Tensor], coords: torch.Tensor, radius: int) -> torch.Tensor:
