@@ -1,8 +1,9 @@
 """Inputs and weights of the golden tensors: each is a function of its name and shape.
 
 A tensor's values come from torch's CPU generator, seeded with the CRC-32 of the name. The file
-``operators.safetensors`` holds only what the published implementation made of them, as does
-``generators.safetensors``, and ``train_grad_norms.json`` the norms of its gradients.
+``operators.safetensors`` holds only what the published implementation made of them, as do
+``generators.safetensors`` and ``raft.safetensors``, and ``train_grad_norms.json`` the norms of its
+gradients.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ def fill(module: torch.nn.Module, prefix: str) -> None:
 
 def weights(like: dict[str, torch.Tensor], prefix: str, gain: float = 1.0) -> dict[str, torch.Tensor]:
     """A state dict of the shapes of ``like``, each entry the value that belongs to ``prefix`` + its key."""
-    return {
-        key: _weight(prefix + key, value, gain) if value.is_floating_point() else torch.zeros_like(value)
-        for key, value in like.items()
-    }
+    return {key: weight(prefix + key, value, gain) for key, value in like.items()}
 
 
-def _weight(name: str, like: torch.Tensor, gain: float) -> torch.Tensor:
+def weight(name: str, like: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+    """The value, of the shape of ``like``, of the state-dict entry ``name``; counters are zero."""
+    if not like.is_floating_point():
+        return torch.zeros_like(like)
     value = normal(name, *like.shape)
     if name.endswith("running_var"):
         return value.abs() / 2 + 0.5
