@@ -1,14 +1,32 @@
-"""Optical flow between frames: anything that maps two images to a flow."""
+"""Optical flow between frames: RAFT and OpenCV's DIS, by themselves and as stages of a model.
+
+An estimator maps two images to a flow (:class:`FlowEstimator`). A stage maps a target and its
+references to completed flows and their errors (:class:`Stage`).
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from gi_model.flow.dis import DISFlow
+from gi_model.flow.raft import RAFT, ImageEncoding
+from gi_model.flow.stage import FlowStage, FrameEncoding
 
-__all__ = ["DISFlow", "FlowEstimator"]
+if TYPE_CHECKING:
+    from gi_model.flow.dis import DISFlow, DISStage
+
+__all__ = [
+    "RAFT",
+    "DISFlow",
+    "DISStage",
+    "FlowEstimator",
+    "FlowStage",
+    "FrameEncoding",
+    "ImageEncoding",
+    "Stage",
+]
 
 
 class FlowEstimator(Protocol):
@@ -20,3 +38,29 @@ class FlowEstimator(Protocol):
         Images are ``[B,3,H,W]`` uint8, RGB.
         """
         ...
+
+
+class Stage(Protocol):
+    """Flow from a target to each of its references, completed inside the target's mask, and its error."""
+
+    def __call__(
+        self, target: Any, sources: torch.Tensor | Sequence[Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Target ``[B,4,H,W]``, sources ``[B,T,4,H,W]`` -> flow ``[B,T,2,H,W]``, error ``[B,T,1,H,W]``.
+
+        Sources may be a sequence of T frames instead. In place of any frame, what ``encode`` made of it.
+        """
+        ...
+
+    def encode(self, rgba: torch.Tensor) -> Any:
+        """Frames ``[B,4,H,W]`` -> what can stand for them in later calls, as target and as source."""
+        ...
+
+
+def __getattr__(name: str) -> Any:
+    # Only what uses DIS needs OpenCV.
+    if name in ("DISFlow", "DISStage"):
+        from gi_model.flow import dis
+
+        return getattr(dis, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import torch
+
+from gi_kernels import checks
+from gi_kernels.precision import accumulation_dtype
+from gi_model.flow.stage import by_source, check_frames, complete_both, consistency_error
 
 
 class DISFlow:
@@ -31,6 +37,52 @@ class DISFlow:
         return flow.transpose(2, 0, 1)
 
 
+class DISStage:
+    r"""A :class:`~gi_model.flow.FlowStage` without a network: the same arguments and results by DIS.
+
+    Flows are estimated at the frames' own size, then completed inside the target's mask; the error is
+    :math:`\tfrac{1}{2} \sum_i |f_i + b_i(p + f)|`. Frames on another device are copied to the CPU.
+    """
+
+    def __init__(self) -> None:
+        self.estimator = DISFlow()
+
+    @torch.no_grad()
+    def __call__(
+        self, target: torch.Tensor, sources: torch.Tensor | Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flow and error.
+
+        Args:
+            target: ``[B,4,H,W]``, RGB and mask in [0, 1], any floating dtype.
+            sources: ``[B,T,4,H,W]``, or a sequence of T frames ``[B,4,H,W]``.
+
+        Returns:
+            Flow ``[B,T,2,H,W]`` in pixels, x first, and error ``[B,T,1,H,W]``, both float32.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, rank, size or device; before any work.
+        """
+        target, *others = check_frames(target, sources)
+        mask = target[:, 3:].to(accumulation_dtype(target.dtype))
+        first, second = _bytes(torch.cat([target] * len(others))), _bytes(torch.cat(others))
+        flow, backward = (
+            self.estimator(*pair).to(target.device) for pair in ((first, second), (second, first))
+        )
+        flow, backward = complete_both(flow, backward, mask)
+        return by_source(flow, len(others)), by_source(consistency_error(flow, backward), len(others))
+
+    def encode(self, rgba: torch.Tensor) -> torch.Tensor:
+        """Frames ``[B,4,H,W]`` as they are: DIS has no work to keep."""
+        checks.shapes(("rgba", rgba, "B 4 H W"))
+        return rgba
+
+
 def _grey(image: torch.Tensor) -> np.ndarray:
     """``[3,H,W]`` RGB -> ``[H,W]``."""
     return cv2.cvtColor(np.ascontiguousarray(image.numpy().transpose(1, 2, 0)), cv2.COLOR_RGB2GRAY)
+
+
+def _bytes(frames: torch.Tensor) -> torch.Tensor:
+    """Colours of ``[N,4,H,W]`` in [0, 1] -> ``[N,3,H,W]`` uint8."""
+    return (255 * frames[:, :3].float().cpu()).round().clamp(0, 255).byte()
