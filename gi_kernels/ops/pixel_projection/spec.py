@@ -31,7 +31,7 @@ SPEC = OperatorSpec(
     samples=(
         _sample("wider", (2, 5, 9, 11), 34),
         _sample("narrower", (1, 33, 4, 5), 7),
-        _sample("two_depths", (2, 530, 3, 5), 25),
+        _sample("two_depths", (2, 530, 11, 13), 25),
         _sample("many_rows", (1, 9, 23, 29), 16),
         _sample("one_channel", (1, 1, 3, 4), 1),
         _sample("one_pixel", (3, 8, 1, 1), 8),
