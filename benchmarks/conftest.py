@@ -52,7 +52,11 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write what was measured: ``results.json`` for a whole run that passed, else ``partial.json``."""
+    """Write what was measured.
+
+    ``results.json`` for a whole run that passed, ``end_to_end.json`` for one of the steps, else
+    ``partial.json``.
+    """
     state = session.config.stash[_RESULTS]
     if not state["cases"]:
         return
@@ -70,7 +74,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     }
     folder = session.config.getoption("--results") / about["slug"]
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / ("results.json" if whole else "partial.json")
+    steps = exitstatus == 0 and all(case["suite"] == "end_to_end" for case in state["cases"])
+    file = folder / ("results.json" if whole else "end_to_end.json" if steps else "partial.json")
     file.write_text(json.dumps(found, indent=1) + "\n")
     state["file"] = file
 

@@ -86,6 +86,14 @@ FLOORS: tuple[Floor, ...] = (
     Floor("lookup-dense_64-contiguous-float32-forward", "speed", 3),
     Floor("convex_upsample-square_32-contiguous-float32-forward", "speed", 3),
     Floor("convex_upsample-square_64-contiguous-float32-forward", "speed", 3),
+    Floor("flow_stage-t4_256-contiguous-float32-forward", "speed", 2),
+    Floor("flow_stage-t4_256-contiguous-bfloat16-forward", "speed", 4),
+    Floor("generator-t4_256-contiguous-float32-forward", "speed", 4),
+    Floor("generator-t4_256-contiguous-bfloat16-forward", "speed", 8),
+    Floor("step-t4_256-contiguous-float32-forward", "speed", 2.5),
+    Floor("step-t4_256-contiguous-bfloat16-forward", "speed", 5),
+    Floor("training_step-t2_b2_256-contiguous-float32-forward", "speed", 1.3),
+    Floor("training_step-t2_b2_256-contiguous-float32-forward", "memory", 0.8),
     Floor("pyramid-on_demand_128-contiguous-float32-forward", "volume", 0.05),
 )
 

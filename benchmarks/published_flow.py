@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from published import (
+from torch import nn
+
+from benchmarks.published import (
     published_complete_flow,
     published_convex_upsample,
     published_correlation_lookup,
     published_flow_warp,
     published_volume_pyramid,
 )
-from torch import nn
-
 from gi_model.flow import RAFT
 
 

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not files:
         print(f"no results in {options.results}: run `pytest benchmarks/ --benchmark-only`", file=sys.stderr)
         return 2
-    loaded = [(file, json.loads(file.read_text())) for file in files]
+    loaded = [(file, _load(file)) for file in files]
     if options.floors:
         return floors(loaded)
     for file, results in loaded:
@@ -46,6 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         section(options.readme, loaded)
     return 0
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """Results, with those of whole steps that lie beside them."""
+    results = json.loads(file.read_text())
+    steps = file.with_name("end_to_end.json")
+    if steps.exists():
+        results["cases"] += json.loads(steps.read_text())["cases"]
+    return results
 
 
 def floors(loaded: Iterable[tuple[Path, Mapping[str, Any]]]) -> int:
