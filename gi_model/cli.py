@@ -80,7 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
         "propagate",
         help="repair the masked region of a video from the frames that see it",
         description="Repair the masked region of a video: pixels are carried along optical flow from the "
-        "frames that see them; what no frame sees is inpainted. Needs no weights and no GPU.",
+        "frames that see them; what no frame sees is inpainted. Needs no weights and no GPU. With "
+        "--checkpoint a trained generator fills the region instead.",
         epilog="Writes OUT and, beside it, OUT-frames.png with a few frames before and after. Sound is not "
         "kept. PSNR and SSIM are those of the frames before they are encoded. Exit code 2 if something "
         "cannot be used or written; an earlier OUT is then as it was.",
@@ -108,6 +109,20 @@ def build_parser() -> argparse.ArgumentParser:
     propagate.add_argument(
         "--pictures", type=int, default=4, metavar="N", help="frames in the picture (default 4)"
     )
+    propagate.add_argument(
+        "--checkpoint", metavar="FILE", help="weights of a generator, for instance a released .ckpt"
+    )
+    propagate.add_argument(
+        "--flow-checkpoint",
+        metavar="FILE",
+        help="weights of RAFT for the generator's flow, for instance raft-things.pth (default: DIS)",
+    )
+    propagate.add_argument(
+        "--config",
+        default="ours",
+        metavar="NAME",
+        help="the checkpoint's configuration: ours, ours_big, ours_no_ffc, or a file (default ours)",
+    )
     propagate.set_defaults(run=run_propagate)
     return parser
 
@@ -115,13 +130,15 @@ def build_parser() -> argparse.ArgumentParser:
 def run_propagate(options: argparse.Namespace) -> int:
     """``gi-model propagate``."""
     from gi_model.metrics import MaskedQuality
-    from gi_model.propagation import Propagator, inpaint_frame
+    from gi_model.propagation import LearnedPropagator, Propagator, inpaint_frame, load_propagator
     from gi_model.sheet import Sheet
     from gi_model.video import FrameSource, FrameWriter, MaskSource, aligned, staged, write_image
 
     for name in ("radius", "pictures"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if options.flow_checkpoint and not options.checkpoint:
+        raise InputError("--flow-checkpoint: expected --checkpoint too")
     frames, masks = FrameSource(options.video, "VIDEO"), MaskSource(options.masks)
     truth = FrameSource(options.truth, "--truth") if options.truth else None
     output = Path(options.output)
@@ -143,7 +160,13 @@ def run_propagate(options: argparse.Namespace) -> int:
         while True:
             yield pending[-1][1]
 
-    propagator = Propagator(radius=options.radius)
+    propagator: Propagator | LearnedPropagator
+    if options.checkpoint:
+        propagator = load_propagator(
+            options.checkpoint, options.flow_checkpoint, options.config, options.radius
+        )
+    else:
+        propagator = Propagator(radius=options.radius)
     sheet = Sheet(frames.count, options.pictures)
     ours, inpainted = MaskedQuality(), MaskedQuality()
     started = time.perf_counter()

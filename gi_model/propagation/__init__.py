@@ -1,5 +1,6 @@
 """Repairing masked regions of a video from the frames that see them."""
 
 from gi_model.propagation.engine import Propagator, inpaint_frame
+from gi_model.propagation.learned import LearnedPropagator, load_propagator
 
-__all__ = ["Propagator", "inpaint_frame"]
+__all__ = ["LearnedPropagator", "Propagator", "inpaint_frame", "load_propagator"]

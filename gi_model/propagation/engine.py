@@ -69,8 +69,9 @@ class Propagator:
         """
         window: deque[_Frame] = deque()
         centre = 0
-        for frame in _prepared(frames, masks):
-            window.append(frame)
+        for image, mask in prepared_masks(frames, masks):
+            visible = torch.from_numpy(~dilate(mask, RIM)).float()[None, None]
+            window.append(_Frame(inpaint_frame(image, mask), mask, visible))
             if len(window) - centre > self.radius:
                 yield self._repair(window, centre)
                 centre += 1
@@ -147,7 +148,10 @@ class Propagator:
         return first.forward if step > 0 else second.backward
 
 
-def _prepared(frames: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> Iterator[_Frame]:
+def prepared_masks(
+    frames: Iterable[np.ndarray], masks: Iterable[np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Frames with their masks; raise ``ValueError`` where one is missing or of another size."""
     remaining = iter(masks)
     for index, image in enumerate(frames):
         mask = next(remaining, None)
@@ -158,8 +162,7 @@ def _prepared(frames: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> Iter
                 f"masks: expected {image.shape[1]}x{image.shape[0]} pixels like the frames, "
                 f"got {mask.shape[1]}x{mask.shape[0]} at frame {index}"
             )
-        visible = torch.from_numpy(~dilate(mask, RIM)).float()[None, None]
-        yield _Frame(inpaint_frame(image, mask), mask, visible)
+        yield image, mask
 
 
 def inpaint_frame(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
