@@ -32,12 +32,11 @@ class FlowNetwork(Replacement):
 
     @classmethod
     def refuse(cls, module: Any) -> str | None:
-        for name in ("fnet", "cnet", "update_block", "hidden_dim", "context_dim"):
-            if not hasattr(module, name):
-                return f"it has no attribute {name}"
-        for name in ("encoder", "gru", "flow_head"):
-            if not hasattr(module.update_block, name):
-                return f"its update block has no attribute {name}"
+        lacking = _lacking(module, "fnet", "cnet", "update_block", "hidden_dim", "context_dim")
+        if lacking is None:
+            lacking = _lacking(module.update_block, "encoder", "gru", "flow_head", of="its update block")
+        if lacking is not None:
+            return lacking
         sizes = (module.hidden_dim, module.context_dim)
         if sizes not in (_LARGE[:2], _SMALL[:2]):
             return f"it has {sizes[0]} hidden and {sizes[1]} context channels, as no published network has"
@@ -124,10 +123,7 @@ class FlowWrapper(Replacement):
 
     @classmethod
     def refuse(cls, module: Any) -> str | None:
-        for name in ("raft", "resolution", "input_range", "return_err", "return_backward"):
-            if not hasattr(module, name):
-                return f"it has no attribute {name}"
-        return None
+        return _lacking(module, "raft", "resolution", "input_range", "return_err", "return_backward")
 
     def forward(self, image1, image2, iters=20, flow_init=None, upsample=True, test_mode=True):
         if flow_init is not None or not test_mode or _depends_on_batch(self):
@@ -276,6 +272,12 @@ def _depends_on_batch(module: nn.Module) -> bool:
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _lacking(module: Any, *names: str, of: str = "it") -> str | None:
+    """Say which attribute ``module`` lacks; None if it has all."""
+    missing = [name for name in names if not hasattr(module, name)]
+    return f"{of} has no attribute {missing[0]}" if missing else None
 
 
 def _pixels(features: torch.Tensor) -> torch.Tensor:

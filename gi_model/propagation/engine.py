@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from gi_model.flow import DISFlow, FlowEstimator
 from gi_model.propagation.neighbours import connect, dilate
 from gi_model.propagation.sampling import Box, bounding_box, sample_colour, sample_maps
+
+F = TypeVar("F")
 
 # Accumulated forward-backward error, in pixels, at which a candidate's weight has halved.
 ERROR_SCALE = 0.5
@@ -67,19 +70,9 @@ class Propagator:
         Raises:
             ValueError: a mask is missing or of another size than its frame.
         """
-        window: deque[_Frame] = deque()
-        centre = 0
-        for image, mask in prepared_masks(frames, masks):
-            visible = torch.from_numpy(~dilate(mask, RIM)).float()[None, None]
-            window.append(_Frame(inpaint_frame(image, mask), mask, visible))
-            if len(window) - centre > self.radius:
-                yield self._repair(window, centre)
-                centre += 1
-            if centre > self.radius:
-                window.popleft()
-                centre -= 1
-        for index in range(centre, len(window)):
-            yield self._repair(window, index)
+        prepared = (_prepared(image, mask) for image, mask in with_masks(frames, masks))
+        for window, centre in windows(prepared, self.radius):
+            yield self._repair(window, centre)
 
     def _repair(self, window: deque[_Frame], centre: int) -> np.ndarray:
         frame = window[centre]
@@ -148,7 +141,31 @@ class Propagator:
         return first.forward if step > 0 else second.backward
 
 
-def prepared_masks(
+def _prepared(image: np.ndarray, mask: np.ndarray) -> _Frame:
+    visible = torch.from_numpy(~dilate(mask, RIM)).float()[None, None]
+    return _Frame(inpaint_frame(image, mask), mask, visible)
+
+
+def windows(frames: Iterable[F], radius: int) -> Iterator[tuple[deque[F], int]]:
+    """For each frame in order, a window that reaches ``radius`` frames back and ahead, and its place in it.
+
+    The window is the same one all the time: it lasts until the next is asked for.
+    """
+    window: deque[F] = deque()
+    centre = 0
+    for frame in frames:
+        window.append(frame)
+        if len(window) - centre > radius:
+            yield window, centre
+            centre += 1
+        if centre > radius:
+            window.popleft()
+            centre -= 1
+    for index in range(centre, len(window)):
+        yield window, index
+
+
+def with_masks(
     frames: Iterable[np.ndarray], masks: Iterable[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Frames with their masks; raise ``ValueError`` where one is missing or of another size."""

@@ -14,7 +14,7 @@ import torch
 from gi_model.errors import InputError
 from gi_model.flow import Stage
 from gi_model.generator import CrossingGenerator
-from gi_model.propagation.engine import inpaint_frame, prepared_masks
+from gi_model.propagation.engine import inpaint_frame, windows, with_masks
 from gi_model.references import References
 
 
@@ -80,18 +80,9 @@ class LearnedPropagator:
         Raises:
             ValueError: a mask is missing or of another size than its frame.
         """
-        window: deque[_Frame] = deque()
-        centre = 0
-        for image, mask in prepared_masks(frames, masks):
-            window.append(_Frame(image, mask))
-            if len(window) - centre > self.radius:
-                yield self._repair(window, centre)
-                centre += 1
-            if centre > self.radius:
-                window.popleft()
-                centre -= 1
-        for index in range(centre, len(window)):
-            yield self._repair(window, index)
+        prepared = (_Frame(image, mask) for image, mask in with_masks(frames, masks))
+        for window, centre in windows(prepared, self.radius):
+            yield self._repair(window, centre)
 
     def _repair(self, window: deque[_Frame], centre: int) -> np.ndarray:
         frame = window[centre]
