@@ -41,6 +41,11 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& query, at::TensorLi
     grad_keys.push_back(empty_contiguous_gradient(key, true));
     grad_values.push_back(empty_contiguous_gradient(key, true));
   }
+  if (query.numel() == 0) {
+    for (const auto& gradients : {grad_keys, grad_values})
+      for (const at::Tensor& t : gradients) t.zero_();
+    return {grad_query, grad_keys, grad_values};
+  }
   const auto key_arrays = arrays_of(keys), value_arrays = arrays_of(values), grad_key_arrays = arrays_of(grad_keys),
              grad_value_arrays = arrays_of(grad_values);
   const at::Tensor log_sums = log_sum.contiguous();
