@@ -22,14 +22,17 @@ template <class A> struct SimdTypes;
 template <> struct SimdTypes<float> {
   typedef float vector __attribute__((vector_size(GI_VECTOR_BYTES)));
   typedef int32_t integer __attribute__((vector_size(GI_VECTOR_BYTES)));
+  typedef uint32_t bits __attribute__((vector_size(GI_VECTOR_BYTES)));
 };
 template <> struct SimdTypes<double> {
   typedef double vector __attribute__((vector_size(GI_VECTOR_BYTES)));
   typedef int64_t integer __attribute__((vector_size(GI_VECTOR_BYTES)));
+  typedef uint64_t bits __attribute__((vector_size(GI_VECTOR_BYTES)));
 };
 
 template <class A> using Vec = typename SimdTypes<A>::vector;
 template <class A> using IntVec = typename SimdTypes<A>::integer;
+template <class A> using Bits = typename SimdTypes<A>::bits;  // wraps around
 template <class A> constexpr int kLanes = GI_VECTOR_BYTES / sizeof(A);
 
 typedef uint16_t HalfBits __attribute__((vector_size(GI_VECTOR_BYTES / 2)));
@@ -207,7 +210,7 @@ template <class A> GI_HOST_DEVICE Vec<A> vexp(const Vec<A>& x) {
   for (int i = K::degree - 1; i >= 0; --i) p = p * r + K::coefficient[i];
   // Times 2^n, from n and the bias in the place of the exponent; the magic number's other bits are
   // shifted out. A product, so that a NaN stays one.
-  const IntVec<A> power = (bit_cast<IntVec<A>>(shifted) << K::mantissa) + bit_cast<IntVec<A>>(splat<A>(1));
+  const Bits<A> power = (bit_cast<Bits<A>>(shifted) << K::mantissa) + bit_cast<Bits<A>>(splat<A>(1));
   const Vec<A> y = p * bit_cast<Vec<A>>(power);
   const Vec<A> bounded = x > K::highest ? splat<A>(__builtin_huge_val()) : y;
   return x < K::lowest ? splat<A>(0) : bounded;
