@@ -157,9 +157,13 @@ class _GatedPass(nn.Module):
 
         def run(hidden: torch.Tensor, motion: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
             of_gates, of_candidate = share.split([2 * self.hidden, self.hidden], dim=1)
-            both = gates(torch.cat([hidden, motion], dim=1)).add_(of_gates).sigmoid_()
-            update, reset = both.chunk(2, dim=1)
-            new = candidate(torch.cat([reset * hidden, motion], dim=1)).add_(of_candidate).tanh_()
+            inputs = torch.cat([hidden, motion], dim=1)
+            update, reset = gates(inputs).add_(of_gates).sigmoid_().chunk(2, dim=1)
+            if torch.is_grad_enabled():
+                inputs = torch.cat([reset * hidden, motion], dim=1)
+            else:  # the same numbers without writing the motion again
+                inputs[:, : self.hidden].mul_(reset)
+            new = candidate(inputs).add_(of_candidate).tanh_()
             return torch.lerp(hidden, new, update)
 
         return run
