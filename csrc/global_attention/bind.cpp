@@ -20,7 +20,7 @@ i64 queries_of_items(i64 heads, i64 queries) {
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, at::TensorList keys, at::TensorList values) {
   const i64 B = query.size(0), h = query.size(1), N = query.size(2), d = query.size(3);
   // Laid out as [B,N,h,d], what a projection after the attention reads without a copy.
-  at::Tensor output = at::empty({B, N, h, d}, query.options()).transpose(1, 2);
+  at::Tensor output = empty_result({B, N, h, d}, query.options()).transpose(1, 2);
   at::Tensor log_sum = at::empty({B, h, N}, query.options().dtype(accumulation_type(query)));
   if (output.numel() == 0) return {output, log_sum};
   const auto key_arrays = arrays_of(keys), value_arrays = arrays_of(values);

@@ -16,8 +16,8 @@ void join_rows(Relayout& a) {
 }
 
 at::Tensor relayout(const at::Tensor& x, bool channels_last) {
-  at::Tensor target = at::empty(x.sizes(), x.options(),
-                                channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  at::Tensor target = empty_result(x.sizes(), x.options(),
+                                   channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
   if (target.numel() == 0) return target;
   Relayout a{array_of(x), array_of(target)};
   join_rows(a);
