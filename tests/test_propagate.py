@@ -530,9 +530,12 @@ def test_a_place_that_may_not_be_written(clip, capsys):
 
 @pytest.mark.parametrize("name", ["out.mp4", "out"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_leaves_nothing(clip, monkeypatch, capsys, name, number):
+def test_interrupt_leaves_nothing(clip, monkeypatch, capsys, request, name, number):
     frames, masks, folder = clip
     handler = signal.getsignal(signal.SIGTERM)
+    # A process that was started in the background may have been told to ignore it.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ignored))
     monkeypatch.setattr(Propagator, "_repair", lambda *_: signal.raise_signal(number))
     before = listing(folder)
     assert run(frames, "--masks", masks, "-o", folder / name) == 130
