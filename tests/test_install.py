@@ -206,7 +206,10 @@ def test_wheel_runs(wheel: Path, tmp_path: Path) -> None:
 def test_pip_install_without_a_compiler(tmp_path: Path) -> None:
     site = tmp_path / "site"
     path = bin_without_compiler(tmp_path / "bin")
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, ROOT, PATH=path)
+    tree = tmp_path / "tree"  # where nothing has been compiled before
+    built = shutil.ignore_patterns("build", ".venv", ".git", "*.so", "*.egg-info", "build_failure.txt")
+    shutil.copytree(ROOT, tree, ignore=built)
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, tree, PATH=path)
     assert "mend: install a C++20 compiler" in doctor(site, expect=1)
 
 
