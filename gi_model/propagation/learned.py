@@ -125,7 +125,7 @@ class LearnedPropagator:
         return frame.kept["flow"]
 
     def _blanked(self, frame: _Frame) -> torch.Tensor:
-        colours = self._small(inpaint_frame(frame.image, frame.mask))
+        colours = self._small(frame.image)  # what the hole has a share in is blanked anyway
         return self._rgba(np.where(self._small_mask(frame)[..., None], 0, colours), frame)
 
     def _rgba(self, colours: np.ndarray, frame: _Frame) -> torch.Tensor:
