@@ -14,7 +14,7 @@ VALUES := tests/contract/test_values.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo install test lint types ctest unit variants sanitize sanitize-short mutants \
+.PHONY: help demo install test lint types ctest unit fuzz variants sanitize sanitize-short mutants \
         install-ladder bench readme doctor clean
 .NOTPARALLEL:
 
@@ -49,8 +49,11 @@ ctest:  ## the C++ unit test of the shared maths, without torch
 	cmake --build build/ctest --target gi_maths_test
 	ctest --test-dir build/ctest --output-on-failure
 
-unit:  ## all tests on the installed package
-	$(PYTEST) tests
+unit:  ## all tests on the installed package; the same random calls each time
+	$(PYTEST) --hypothesis-seed=0 tests
+
+fuzz:  ## many random calls of every operator, others each time
+	$(PYTEST) --hypothesis-profile=long tests/contract/test_fuzz.py
 
 variants:  ## values and gradients again on the variants for older machines
 	for v in portable avx2; do GI_KERNELS_CPU_CAPABILITY=$$v $(PYTEST) -q $(VALUES); done

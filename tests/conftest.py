@@ -12,6 +12,7 @@ import os
 import secrets
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,6 +20,12 @@ import gi_kernels
 from gi_kernels import native
 
 ROOT = Path(__file__).parents[1]
+
+# How many random calls of each operator. `make fuzz` chooses the long one.
+SHORT = hypothesis.settings(max_examples=60, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("short", SHORT)
+hypothesis.settings.register_profile("long", SHORT, max_examples=1000)
+hypothesis.settings.load_profile("short")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -42,6 +42,13 @@ template <class A> void scale(A* data, i64 count, A factor) {
   for (i64 i = 0; i < count; ++i) data[i] *= factor;
 }
 
+// Of rows that are filled up with zeros to whole vectors.
+template <class A> A dot(const A* a, const A* b, i64 count) {
+  Vec<A> sum = {};
+  for (i64 c = 0; c < count; c += kLanes<A>) sum += load<A>(a + c) * load<A>(b + c);
+  return sum_lanes<A>(sum);
+}
+
 template <class A> A max_lanes(const Vec<A>& v) {
   A top = v[0];
   for (int i = 1; i < kLanes<A>; ++i) top = maximum(top, v[i]);
@@ -127,6 +134,13 @@ void forward_typed(const AttentionForward& a, i64 begin, i64 end) {
       log_sum[i] = state.top[i] + __builtin_log(state.total[i]);
     }
     write(Rows<T>(a.output, b, h), first, count, state.sums, width);
+    if constexpr (sizeof(T) < sizeof(A)) {
+      const Rows<const T> output(a.output, b, h);
+      output.template read<A>(first, count, queries, row);
+      for (i64 i = 0; i < count; ++i)
+        for (i64 c = 0; c < d; ++c) state.sums[i * width + c] -= queries[i * row + c];
+      write(Rows<T>(a.remainder, b, h), first, count, state.sums, width);
+    }
   }
 }
 
@@ -174,15 +188,16 @@ void backward_typed(const AttentionBackward& back, i64 begin, i64 end) {
   for (i64 item = begin; item < end; ++item) {
     const i64 h = item % heads, b = item / heads;
     const A* log_sum = static_cast<const A*>(a.log_sum) + item * N;
-    const Rows<const T> query(a.query, b, h), grad(back.grad, b, h), output(a.output, b, h);
-    output.template read<A>(0, N, queries, row);
+    const Rows<const T> query(a.query, b, h), grad(back.grad, b, h);
     grad.template read<A>(0, N, grads, row);
     grad.template pack<A>(0, N, grad_panels);
-    for (i64 i = 0; i < N; ++i) {
-      Vec<A> dot = {};
-      for (i64 c = 0; c < row; c += kLanes<A>) dot += load<A>(grads + i * row + c) * load<A>(queries + i * row + c);
-      dots[i] = sum_lanes<A>(dot);
-    }
+    std::memset(dots, 0, bytes(N));
+    const auto add_dots = [&](const Array& part) {
+      Rows<const T>(part, b, h).template read<A>(0, N, queries, row);
+      for (i64 i = 0; i < N; ++i) dots[i] += dot(grads + i * row, queries + i * row, row);
+    };
+    add_dots(a.output);
+    if constexpr (sizeof(T) < sizeof(A)) add_dots(a.remainder);
     query.template read<A>(0, N, queries, row);
     scale(queries, N * row, factor);
     query.template pack<A>(0, N, query_panels);

@@ -12,6 +12,9 @@ struct AttentionForward {
   const Array *keys, *values;  // [B,h,M,d] each
   i64 item_queries;            // queries of one piece of work; does not change the result
   Array output;                // [B,h,N,d]
+  // What rounding took from the output, like it; for storage types that hold less than the sums do.
+  // The gradients subtract near-equal numbers that depend on the output, so they need it.
+  Array remainder;
   void* log_sum;               // log-sum-exp of the scores, [B,h,N], contiguous, accumulation type
 };
 

@@ -15,13 +15,7 @@ from gi_kernels.spec import Sample
 from gi_kernels.testing.calls import map_tensors
 from gi_kernels.testing.layouts import LAYOUTS
 
-SETTINGS = settings(
-    max_examples=60,
-    deadline=None,
-    print_blob=True,
-    derandomize=False,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+SETTINGS = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 BACKENDS = [
     pytest.param(name, backend, id=f"{name}-{backend}")
     for name in SPECS

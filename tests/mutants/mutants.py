@@ -12,6 +12,7 @@ LAYOUTS = "tests/contract/test_layouts.py"
 POSITIONS = "tests/contract/test_positions.py"
 RUNTIME = "tests/contract/test_runtime.py"
 LAYOUT = "tests/test_layout.py"
+ATTENTION = "tests/test_attention.py"
 
 
 @dataclass(frozen=True)
@@ -329,6 +330,14 @@ MUTANTS = (
         "p * (load<A>(grads + j) - dot)",
         "p * (load<A>(grads + j) - A(0))",
         "global_attention",
+    ),
+    Mutant(
+        "gradient of scores from the rounded output",
+        "global_attention/cpu.cpp",
+        "add_dots(a.remainder);",
+        "",
+        "global_attention or equal_values",
+        (ATTENTION,),
     ),
     Mutant(
         "keys' gradient sees the first block of queries only",

@@ -68,11 +68,14 @@ OPERATOR = dispatch.Operator("global_attention", {"cpp": _cpp, "reference": refe
 
 def _fake(query, keys, values):
     B, h, N, d = query.shape
-    log_sum = query.new_empty(B, h, N, dtype=accumulation_dtype(query.dtype))
-    return query.new_empty(B, N, h, d).transpose(1, 2), log_sum
+    output, remainder = (query.new_empty(B, N, h, d).transpose(1, 2) for _ in range(2))
+    accumulated = accumulation_dtype(query.dtype)
+    if accumulated == query.dtype:
+        remainder = query.new_empty(0)
+    return output, remainder, query.new_empty(B, h, N, dtype=accumulated)
 
 
-def _fake_backward(grad, query, keys, values, output, log_sum):
+def _fake_backward(grad, query, keys, values, output, remainder, log_sum):
     return (
         query.new_empty(query.shape),
         [k.new_empty(k.shape) for k in keys],
@@ -86,10 +89,10 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(query, *keys, *values, *output)
 
 
-def _backward(ctx, grad, _):
-    query, *rest, output, log_sum = ctx.saved_tensors
+def _backward(ctx, grad, *_):
+    query, *rest, output, remainder, log_sum = ctx.saved_tensors
     keys, values = rest[: ctx.segments], rest[ctx.segments :]
-    return torch.ops.gi.global_attention_backward(grad, query, keys, values, output, log_sum)
+    return torch.ops.gi.global_attention_backward(grad, query, keys, values, output, remainder, log_sum)
 
 
 native.register("global_attention", _fake, _setup_context, _backward)
