@@ -15,14 +15,10 @@ from gi_model.published import Names, renamed
 from gi_model.references import References
 from gi_model.streams import (
     ConvNormRelu,
-    Decoder,
     FourierBlock,
-    PositionCode,
     encoder,
     fold_norm,
-    initialise,
     split_channels,
-    widths,
 )
 
 
@@ -49,15 +45,13 @@ class LamaGenerator(Generator):
         blocks: int = 6,
         global_ratio: float = 0.75,
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, width, downsamplings, max_width)
         checks.positive("blocks", blocks)
-        self.channels, self.downsamplings = in_channels, downsamplings
-        sizes = widths(width, downsamplings, max_width)
+        sizes = self.widths
         self.encoder = encoder(in_channels, sizes[:-1])
         self.split = SplitConv(sizes[-2], sizes[-1], global_ratio)
         self.blocks = nn.Sequential(*(FourierBlock(sizes[-1], global_ratio) for _ in range(blocks)))
-        self.decoder = Decoder(sizes, out_channels)
-        initialise(self)
+        self._finish(out_channels)
 
     def forward(
         self,
@@ -172,13 +166,9 @@ class TransformerGenerator(CrossingGenerator):
         heads: int = 8,
         attends: bool = True,
     ) -> None:
-        super().__init__(blocks, crossed, attends)
-        self.channels, self.downsamplings = in_channels, downsamplings
-        sizes = widths(width, downsamplings, max_width)
-        check_heads(sizes[-1], heads)
-        self.encoder = encoder(in_channels, sizes)
-        self.code = PositionCode(sizes[-1])
-        self.blocks = nn.ModuleList(TransformerBlock(sizes[-1], heads) for _ in range(blocks))
+        super().__init__(in_channels, width, downsamplings, max_width, blocks, crossed, attends)
+        C = self.widths[-1]
+        check_heads(C, heads)
+        self.blocks = nn.ModuleList(TransformerBlock(C, heads) for _ in range(blocks))
         self.aggregations = nn.ModuleList()
-        self.decoder = Decoder(sizes, out_channels)
-        initialise(self)
+        self._finish(out_channels)

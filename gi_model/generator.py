@@ -45,15 +45,20 @@ class Generator(nn.Module):
     Height and width must be multiples of ``2^downsamplings``, at least twice that.
     """
 
-    channels: int  # of a frame
-    downsamplings: int
     encoder: nn.Module
     decoder: Decoder
 
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int, width: int, downsamplings: int, max_width: int) -> None:
         super().__init__()
+        self.channels, self.downsamplings = in_channels, downsamplings
+        self.widths = widths(width, downsamplings, max_width)  # of feature maps, from fine to coarse
         self.optimised = False  # by for_inference
         self.channels_last: bool | None = None  # None: on CPUs, in eval mode
+
+    def _finish(self, out_channels: int) -> None:
+        """Add the decoder to all else, and draw weights for training."""
+        self.decoder = Decoder(self.widths, out_channels)
+        initialise(self)
 
     def for_inference(self, dtype: torch.dtype | None = None, channels_last: bool = True) -> Generator:
         """A copy that computes the same with less work, and cannot be trained.
@@ -119,21 +124,31 @@ class Generator(nn.Module):
 class CrossingGenerator(Generator):
     """A generator whose first blocks look at the references' states in the same block.
 
-    Subclasses make ``encoder``, ``code``, ``blocks``, ``aggregations`` (one per crossed block, or none)
-    and ``decoder``. A block maps a state, whose first tensor is the features, and the references' keys
+    Subclasses make ``blocks`` and ``aggregations`` (one per crossed block, or none), then call
+    ``_finish``. A block maps a state, whose first tensor is the features, and the references' keys
     and values to the new state, its own keys and values, and its :class:`Attention` if it has any.
     """
 
-    code: PositionCode
     blocks: nn.ModuleList
     aggregations: nn.ModuleList
 
-    def __init__(self, blocks: int, crossed: int, attends: bool) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        downsamplings: int,
+        max_width: int,
+        blocks: int,
+        crossed: int,
+        attends: bool,
+    ) -> None:
+        super().__init__(in_channels, width, downsamplings, max_width)
         checks.positive("blocks", blocks)
         checks.positive("crossed", crossed)
         self.crossed = min(crossed, blocks)
         self.attends = flag("attends", attends)
+        self.encoder = encoder(in_channels, self.widths)
+        self.code = PositionCode(self.widths[-1])
 
     def forward(
         self,
@@ -331,10 +346,8 @@ class TwoStreamGenerator(CrossingGenerator):
         attends: bool = True,
         aggregates: bool = True,
     ) -> None:
-        super().__init__(blocks, crossed, attends)
-        self.channels, self.downsamplings = in_channels, downsamplings
-        sizes = widths(width, downsamplings, max_width)
-        C = sizes[-1]
+        super().__init__(in_channels, width, downsamplings, max_width, blocks, crossed, attends)
+        C = self.widths[-1]
         checks.positive("grid", grid)
         check_heads(C, heads)
         check_heads(C, window_heads)
@@ -344,8 +357,6 @@ class TwoStreamGenerator(CrossingGenerator):
 
         if refine not in ("fourier", "conv"):
             raise ValueError(f"refine: expected 'fourier' or 'conv', got {refine!r}")
-        self.encoder = encoder(in_channels, sizes)
-        self.code = PositionCode(C)
         self.latents = nn.Parameter(torch.empty(grid**2, C))
         self.blocks = nn.ModuleList(
             TwoStreamBlock(C, heads, window_heads, grid**2, (refinement(), refinement()))
@@ -354,8 +365,7 @@ class TwoStreamGenerator(CrossingGenerator):
         self.aggregations = nn.ModuleList(
             DeformableAggregation(C) for _ in range(self.crossed if flag("aggregates", aggregates) else 0)
         )
-        self.decoder = Decoder(sizes, out_channels)
-        initialise(self)
+        self._finish(out_channels)
         nn.init.normal_(self.latents, std=0.02)
 
     def _encode(self, frames: torch.Tensor) -> State:
