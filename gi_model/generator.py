@@ -204,6 +204,9 @@ class CrossingGenerator(Generator):
     def encode_references(self, srcs: torch.Tensor) -> References:
         """What the generator needs of reference frames ``[B,T,4,H,W]``, to serve many targets.
 
+        On the CPU each of the T is encoded by itself: what is kept of it is the same, to the bit,
+        whatever it is encoded with. On a GPU all are one batch, and the last digits depend on it.
+
         Raises:
             ValueError: in training mode, where batch norm wants targets and references together; or
                 frames of the wrong size or device.
@@ -212,6 +215,11 @@ class CrossingGenerator(Generator):
         if self.training:
             raise ValueError("srcs: expected eval mode to encode references; when training, call with srcs")
         self._check_srcs(srcs)
+        at_once = 1 if srcs.is_cpu else srcs.shape[1]  # a larger batch is hardly faster there
+        return References.join([self._encode_batch(some) for some in srcs.split(at_once, dim=1)])
+
+    def _encode_batch(self, srcs: torch.Tensor) -> References:
+        """:meth:`encode_references` in one batch."""
         B, T, _, H, W = srcs.shape
         state = self._encode(self._frames(srcs.flatten(0, 1)))
         crossings = []

@@ -73,12 +73,18 @@ class References:
             raise TypeError(f"other: expected References, got {type(other).__name__}")
         if self._kind() != other._kind():
             raise ValueError(f"other: expected references like these: {self._kind()}, got {other._kind()}")
-        pairs = zip(self.crossings, other.crossings, strict=True)
+        return References.join([self, other])
+
+    @staticmethod
+    def join(parts: Sequence[References]) -> References:
+        """All of ``parts`` in a row, at least one; they must go together, see :meth:`append`."""
+        if len(parts) == 1:
+            return parts[0]
         crossings = tuple(
-            Crossing(_joined(a.attention, b.attention), _joined(a.aggregation, b.aggregation))
-            for a, b in pairs
+            Crossing(_joined([c.attention for c in row]), _joined([c.aggregation for c in row]))
+            for row in zip(*(part.crossings for part in parts), strict=True)
         )
-        return replace(self, count=len(self) + len(other), crossings=crossings)
+        return replace(parts[0], count=sum(map(len, parts)), crossings=crossings)
 
     def drop(self, *indices: int) -> References:
         """All references but those at ``indices``; at least one must remain.
@@ -134,10 +140,11 @@ class References:
         return f"batch {self.batch}, frames {size}, kept {shapes}, {', '.join(sorted(where)) or 'nothing'}"
 
 
-def _joined(first: KeysValues | None, second: KeysValues | None) -> KeysValues | None:
-    if first is None or second is None:
+def _joined(pairs: Sequence[KeysValues | None]) -> KeysValues | None:
+    present = [pair for pair in pairs if pair is not None]
+    if not present:
         return None
-    keys, values = (_in_memory_order(_cat, *pair) for pair in zip(first, second, strict=True))
+    keys, values = (_in_memory_order(_cat, *tensors) for tensors in zip(*present, strict=True))
     return keys, values
 
 

@@ -329,6 +329,28 @@ def test_cached_references_give_the_same_bits(name, optimised, autocast):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("how", ["plain", "for_inference", "bfloat16", "autocast"])
+@pytest.mark.parametrize("name", CROSSING)
+def test_what_is_kept_of_a_reference_does_not_depend_on_the_others(name, how):
+    generator = small(name)
+    if how in ("for_inference", "bfloat16"):
+        generator = generator.for_inference(torch.bfloat16 if how == "bfloat16" else None)
+    # Large enough for products to be computed otherwise in larger batches.
+    srcs = recipe.uniform("small/srcs_128", 1, 4, 4, 128, 128)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        joint = generator.encode_references(srcs)
+        first, *others = (generator.encode_references(srcs[:, t : t + 1]) for t in range(4))
+        for other in others:
+            first = first.append(other)
+        two = generator.encode_references(srcs[:, [3, 1]])
+    for given, expected in ((first, joint), (two, joint.drop(0, 2).reorder([1, 0]))):
+        assert (len(given), given.nbytes) == (len(expected), expected.nbytes)
+        for ours, theirs in zip(given.crossings, expected.crossings, strict=True):
+            for a, b in zip(ours.tensors(), theirs.tensors(), strict=True):
+                assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", CROSSING)
 def test_references_are_appended_dropped_and_reordered(name):
     generator, srcs = small(name), SMALL_CALL["srcs"]
@@ -340,15 +362,13 @@ def test_references_are_appended_dropped_and_reordered(name):
 
     expected = output(all_three, 0, 1, 2)
     appended = generator.encode_references(srcs[:, :1]).append(generator.encode_references(srcs[:, 1:]))
-    torch.testing.assert_close(output(appended, 0, 1, 2), expected, atol=1e-5, rtol=0)
+    assert torch.equal(output(appended, 0, 1, 2), expected)
     torch.testing.assert_close(output(all_three.reorder([2, 0, 1]), 2, 0, 1), expected, atol=1e-5, rtol=0)
     assert torch.equal(output(all_three.reorder([2, 0, 1]).reorder([1, 2, 0]), 0, 1, 2), expected)
 
     two = all_three.drop(1)
     assert (len(all_three), len(appended), len(two), len(all_three.drop(0, -1))) == (3, 3, 2, 1)
-    torch.testing.assert_close(
-        output(two, 0, 2), output(generator.encode_references(srcs[:, [0, 2]]), 0, 2), atol=1e-5, rtol=0
-    )
+    assert torch.equal(output(two, 0, 2), output(generator.encode_references(srcs[:, [0, 2]]), 0, 2))
     # Nothing is computed anew, and the layout in memory stays.
     for kept, crossing in zip(two.crossings, all_three.crossings, strict=True):
         for part, whole in zip(kept.tensors(), crossing.tensors(), strict=True):
@@ -366,6 +386,14 @@ def test_references_know_their_memory_and_move():
     moved = references.to("meta")
     assert {t.device.type for c in moved.crossings for t in c.tensors()} == {"meta"}
     assert moved.nbytes == references.nbytes
+    assert moved.append(moved).reorder([5, 4, 3, 2, 1, 0]).drop(0).nbytes * 3 == references.nbytes * 5
+    with pytest.raises(ValueError, match=r"other: expected references like these.*cpu, got .*meta"):
+        references.append(moved)
+    with pytest.raises(ValueError, match=r"references: expected torch.float32 on cpu like the weights"):
+        call = {key: SMALL_CALL[key] for key in ("input", "flows", "flow_errs")}
+        small()(**call, references=moved)
+    for given, same in zip(references.crossings, references.to("cpu").crossings, strict=True):
+        assert all(a is b for a, b in zip(given.tensors(), same.tensors(), strict=True))
     assert small("lama").encode_references(SMALL_CALL["srcs"]).nbytes == 0
 
 

@@ -93,10 +93,7 @@ class LearnedPropagator:
         if not chosen:
             self.unseen += int(frame.mask.sum())
             return inpaint_frame(frame.image, frame.mask)
-        encoded = [self._encoded(f) for f in chosen]
-        references = encoded[0]
-        for other in encoded[1:]:
-            references = references.append(other)
+        references = References.join([self._encoded(f) for f in chosen])
         flows, errors = self.stage(self._for_flow(frame), [self._for_flow(f) for f in chosen])
         out = self.generator(self._blanked(frame), references=references, flows=flows, flow_errs=errors)
         height, width = frame.mask.shape
