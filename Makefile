@@ -44,9 +44,9 @@ lint:  ## ruff: rules and format
 types:  ## mypy
 	$(BIN)/mypy
 
-ctest:  ## the C++ unit test of the shared maths, without torch
+ctest:  ## the C++ unit tests of what kernels share, without torch
 	cmake -S . -B build/ctest -G Ninja -DGI_PYTHON= > build/ctest.log || { cat build/ctest.log; exit 1; }
-	cmake --build build/ctest --target gi_maths_test
+	cmake --build build/ctest --target gi_tests
 	ctest --test-dir build/ctest --output-on-failure
 
 unit:  ## all tests on the installed package; the same random calls each time
@@ -56,7 +56,7 @@ fuzz:  ## many random calls of every operator, others each time
 	$(PYTEST) --hypothesis-profile=long tests/contract/test_fuzz.py
 
 variants:  ## values and gradients again on the variants for older machines
-	for v in portable avx2; do GI_KERNELS_CPU_CAPABILITY=$$v $(PYTEST) -q $(VALUES); done
+	for v in portable avx2 avx512; do GI_KERNELS_CPU_CAPABILITY=$$v $(PYTEST) -q $(VALUES); done
 
 # Address and undefined-behaviour sanitizers, in a copy of the package beside the installed one.
 SANITIZED := $(CURDIR)/build/sanitized
@@ -73,7 +73,7 @@ build_sanitized = rm -rf build/lib* $(SANITIZED) && GI_KERNELS_SANITIZE=1 GI_KER
 sanitize:  ## the contract suite under the sanitizers, every variant
 	$(call build_sanitized,)
 	$(UNDER_SANITIZERS) tests/contract $(NOT_SANITIZED)
-	for v in portable avx2; do GI_KERNELS_CPU_CAPABILITY=$$v $(UNDER_SANITIZERS) $(VALUES) tests/contract/test_layouts.py; done
+	for v in portable avx2 avx512; do GI_KERNELS_CPU_CAPABILITY=$$v $(UNDER_SANITIZERS) $(VALUES) tests/contract/test_layouts.py; done
 
 sanitize-short:  ## values and gradients under the sanitizers, portable variant
 	$(call build_sanitized,GI_KERNELS_PORTABLE=1)

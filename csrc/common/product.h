@@ -3,14 +3,60 @@
 // A block of C [rows, columns] is the product of A [rows, depth], read where it is at any strides,
 // and B [depth, columns], packed into panels of kPanel columns. A tile of C stays in registers while
 // the depth is walked; a panel stays in the first-level cache while the rows are.
+//
+// The factors are made of "terms": numbers in accumulation type, or Pairs of bfloat16 numbers along the
+// depth where the instruction set multiplies these.
 #pragma once
 
+#include "common/pairs.h"
 #include "common/staging.h"
 
 GI_BEGIN_VARIANT
 
+template <class S> struct TermTraits {
+  using Sum = S;
+  using Vector = Vec<S>;
+  static constexpr i64 numbers = 1;
+
+  static GI_HOST_DEVICE Vector load(const S* p) { return gi::GI_VARIANT::load<S>(p); }
+  static GI_HOST_DEVICE Vector splat(S s) { return gi::GI_VARIANT::splat<S>(s); }
+  static GI_HOST_DEVICE Vec<S> add(const Vec<S>& sum, const Vector& a, const Vector& b) { return sum + a * b; }
+};
+
+// The terms that arrays of T are multiplied as.
+template <class T> struct Terms {
+  using type = typename Accumulate<T>::type;
+};
+
+#if defined(__AVX512BF16__)
+template <> struct TermTraits<Pair> {
+  using Sum = float;
+  using Vector = __m512i;
+  static constexpr i64 numbers = 2;
+
+  static GI_HOST_DEVICE Vector load(const Pair* p) { return _mm512_loadu_si512(p); }
+  static GI_HOST_DEVICE Vector splat(Pair p) { return _mm512_set1_epi32(int(p.bits)); }
+  static GI_HOST_DEVICE Vec<float> add(const Vec<float>& sum, Vector a, Vector b) { return add_products(sum, a, b); }
+};
+
+template <> struct Terms<bf16> {
+  using type = Pair;
+};
+#endif
+
+// What products of terms are summed in.
+template <class S> using Sum = typename TermTraits<S>::Sum;
+
+// Terms of `depth` numbers.
+template <class S> GI_HOST_DEVICE i64 terms(i64 depth) {
+  return (depth + TermTraits<S>::numbers - 1) / TermTraits<S>::numbers;
+}
+
+// Terms of a row of `depth` numbers, filled up to whole vectors.
+template <class S> GI_HOST_DEVICE i64 padded_terms(i64 depth) { return padded<Sum<S>>(terms<S>(depth)); }
+
 // Vectors side by side in a tile. With kTileRows rows of them the accumulators fill most of the
-// registers, and every loaded number of A and vector of B is used several times.
+// registers, and every loaded term of A and vector of B is used several times.
 constexpr int kTileVectors = 2;
 #if defined(__AVX512F__)
 constexpr int kTileRows = 8;
@@ -18,30 +64,47 @@ constexpr int kTileRows = 8;
 constexpr int kTileRows = 4;
 #endif
 
-template <class A> constexpr i64 kPanel = kTileVectors * kLanes<A>;
+template <class S> constexpr i64 kPanel = kTileVectors * kLanes<Sum<S>>;
 
 // Columns rounded up to whole panels.
-template <class A> GI_HOST_DEVICE i64 paneled(i64 columns) {
-  return (columns + kPanel<A> - 1) / kPanel<A> * kPanel<A>;
+template <class S> GI_HOST_DEVICE i64 paneled(i64 columns) {
+  return (columns + kPanel<S> - 1) / kPanel<S> * kPanel<S>;
 }
 
-// Panels <- B: element (k, n) at source[k * k_stride + n * n_stride]. Panel j holds columns
-// [j * kPanel, (j + 1) * kPanel) of all rows; columns beyond the last are zero.
+// Rows of a left factor <- A: element (m, k) at source[m * row_stride + k * depth_stride]. Rows of `out` hold
+// whole vectors; what comes after the last number is zero.
 template <class A, class T>
-inline void pack_panels(const T* source, i64 k_stride, i64 n_stride, i64 depth, i64 columns, A* panels) {
-  for (i64 n = 0; n < columns; n += kPanel<A>, panels += depth * kPanel<A>)
-    stage_row<A, T>(source + n * n_stride, n_stride, k_stride, minimum(kPanel<A>, columns - n), depth, panels,
-                    kPanel<A>);
+inline void pack_rows(const T* source, i64 depth_stride, i64 row_stride, i64 depth, i64 rows, A* out, i64 out_stride) {
+  stage_row<A, T>(source, depth_stride, row_stride, depth, rows, out, out_stride);
 }
 
-template <class A> struct Factor {
-  const A* data;
-  i64 row, depth;  // strides
+// Panels <- B: element (k, n) at source[k * depth_stride + n * column_stride]. Panel j holds columns
+// [j * kPanel, (j + 1) * kPanel) of all terms(depth) rows; columns beyond the last are zero.
+template <class A, class T>
+inline void pack_panels(const T* source, i64 depth_stride, i64 column_stride, i64 depth, i64 columns, A* panels) {
+  for (i64 n = 0; n < columns; n += kPanel<A>, panels += depth * kPanel<A>)
+    stage_row<A, T>(source + n * column_stride, column_stride, depth_stride, minimum(kPanel<A>, columns - n), depth,
+                    panels, kPanel<A>);
+}
+
+#if defined(__AVX512BF16__)
+inline void pack_panels(const bf16* source, i64 depth_stride, i64 column_stride, i64 depth, i64 columns,
+                        Pair* panels) {
+  for (i64 n = 0; n < columns; n += kPanel<Pair>, panels += pairs(depth) * kPanel<Pair>)
+    for (i64 v = 0; v < kPanel<Pair>; v += 16)
+      pair_columns(source + (n + v) * column_stride, depth_stride, column_stride, depth, columns - n - v, panels + v,
+                   kPanel<Pair>);
+}
+#endif
+
+template <class S> struct Factor {
+  const S* data;
+  i64 row, depth;  // strides, in terms
 };
 
-template <class A> struct Panels {
-  const A* data;
-  i64 stride;  // between panels; the rows of a panel follow each other
+template <class S> struct Panels {
+  const S* data;
+  i64 stride;  // between panels, in terms; the rows of a panel follow each other
 };
 
 enum class Into { overwrite, add };
@@ -50,33 +113,38 @@ template <int R> struct Height {
   static constexpr int value = R;
 };
 
-template <int R, class A>
-GI_HOST_DEVICE void multiply_tile(const A* a, const Factor<A>& f, const A* panel, i64 depth, A* c, i64 c_row, Into into) {
+template <int R, class S>
+GI_HOST_DEVICE void multiply_tile(const S* a, const Factor<S>& f, const S* panel, i64 count, Sum<S>* c, i64 c_row,
+                                  Into into) {
+  using A = Sum<S>;
+  using Term = TermTraits<S>;
   constexpr i64 L = kLanes<A>;
   Vec<A> sum[R][kTileVectors];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kTileVectors; ++v)
       sum[r][v] = into == Into::add ? load<A>(c + r * c_row + v * L) : Vec<A>{};
-  for (i64 k = 0; k < depth; ++k, panel += kPanel<A>) {
-    Vec<A> b[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) b[v] = load<A>(panel + v * L);
+  for (i64 k = 0; k < count; ++k, panel += kPanel<S>) {
+    typename Term::Vector b[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) b[v] = Term::load(panel + v * L);
     for (int r = 0; r < R; ++r) {
-      const Vec<A> s = splat<A>(a[r * f.row + k * f.depth]);
-      for (int v = 0; v < kTileVectors; ++v) sum[r][v] += s * b[v];
+      const auto s = Term::splat(a[r * f.row + k * f.depth]);
+      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = Term::add(sum[r][v], s, b[v]);
     }
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kTileVectors; ++v) store<A>(c + r * c_row + v * L, sum[r][v]);
 }
 
-// C = A B, or C += A B. Rows of C hold whole panels: what the columns beyond the last receive is zero.
-template <class A>
-inline void multiply(i64 rows, i64 columns, i64 depth, const Factor<A>& a, const Panels<A>& b, A* c, i64 c_row,
+// C = A B, or C += A B, over `depth` numbers. Rows of C hold whole panels: what the columns beyond the last
+// receive is zero.
+template <class S>
+inline void multiply(i64 rows, i64 columns, i64 depth, const Factor<S>& a, const Panels<S>& b, Sum<S>* c, i64 c_row,
                      Into into) {
-  for (i64 n = 0; n < columns; n += kPanel<A>) {
-    const A* panel = b.data + n / kPanel<A> * b.stride;
+  for (i64 n = 0; n < columns; n += kPanel<S>) {
+    const S* panel = b.data + n / kPanel<S> * b.stride;
     const auto tile = [&](auto height, i64 m) {
-      multiply_tile<decltype(height)::value, A>(a.data + m * a.row, a, panel, depth, c + m * c_row + n, c_row, into);
+      multiply_tile<decltype(height)::value, S>(a.data + m * a.row, a, panel, terms<S>(depth), c + m * c_row + n, c_row,
+                                                into);
     };
     i64 m = 0;
     for (; m + kTileRows <= rows; m += kTileRows) tile(Height<kTileRows>{}, m);

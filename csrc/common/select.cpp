@@ -7,7 +7,7 @@ namespace gi {
 
 namespace {
 
-const char* const kNames[] = {"portable", "avx2", "avx512"};
+const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 Capability detect() {
   Capability best = Capability::portable;
@@ -18,6 +18,9 @@ Capability detect() {
   if (best == Capability::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = Capability::avx512;
+#if defined(GI_X86_BF16)
+  if (best == Capability::avx512 && __builtin_cpu_supports("avx512bf16")) best = Capability::avx512_bf16;
+#endif
   if (const char* wanted = std::getenv("GI_KERNELS_CPU_CAPABILITY"))
     for (int i = 0; i <= static_cast<int>(best); ++i)
       if (std::strcmp(wanted, kNames[i]) == 0) return static_cast<Capability>(i);

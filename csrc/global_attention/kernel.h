@@ -33,4 +33,4 @@ struct AttentionKernels {
 
 }  // namespace gi
 
-GI_DECLARE_KERNELS(AttentionKernels, attention_kernels)
+GI_DECLARE_PRODUCT_KERNELS(AttentionKernels, attention_kernels)
