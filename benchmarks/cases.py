@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import gi_kernels
-from benchmarks import published
 from gi_kernels import dispatch
 from gi_kernels.spec import Argument, OperatorSpec, Sample, all_specs, tensor_bytes
+from gi_kernels.testing import published
 from gi_kernels.testing.calls import Outcome, cotangent, evaluate, map_tensors, oracle, tensors
 from gi_kernels.testing.errors import cosine, largest_error, magnitude
 from gi_kernels.testing.layouts import channels_last, contiguous

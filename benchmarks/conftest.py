@@ -87,14 +87,19 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 @pytest.fixture
-def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case], None]:
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the cases run."""
+    return request.config.stash[_RESULTS]["device"]
+
+
+@pytest.fixture
+def contest(request: pytest.FixtureRequest, benchmark: Any, device: torch.device) -> Callable[[Case], None]:
     """Check a case, time its contenders in turns, measure their memory, and record it all.
 
     ``benchmark`` times ours; in the setup of each of its rounds the others run and are timed by the
     same clock, so that a disturbance of the machine meets all of them.
     """
     state = request.config.stash[_RESULTS]
-    device = state["device"]
     if "machine" not in state:
         state["machine"] = machine.describe(device)
         state["roofline"] = machine.roofline(device)

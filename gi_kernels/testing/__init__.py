@@ -1,1 +1,1 @@
-"""What tests and benchmarks share: evaluating a call, memory layouts, error measures."""
+"""What tests and benchmarks share: evaluating a call, layouts, error measures, published formulations."""

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.published import (
+from gi_kernels.nn import DeformableAggregation
+from gi_kernels.testing.published import (
     PublishedDeformableAggregation,
     PublishedLatentAttention,
     PublishedWindowRead,
     PublishedWindowWrite,
 )
-from gi_kernels.nn import DeformableAggregation
 from gi_model.generator import TwoStreamGenerator
-from gi_model.streams import FourierConv, FourierUnit, PositionCode
+from gi_model.streams import FourierConv, FourierUnit, PositionCode, TwoStreamBlock
 
 
 def published_generator(generator: TwoStreamGenerator) -> TwoStreamGenerator:
@@ -31,13 +31,15 @@ def published_generator(generator: TwoStreamGenerator) -> TwoStreamGenerator:
     for module in baseline.modules():
         module.__class__ = _STYLES.get(type(module), type(module))
     for block in baseline.blocks:
+        assert isinstance(block, TwoStreamBlock)
         dim, heads = block.self_attention.projection.in_features, block.self_attention.heads
         for name in ("cross_attention", "self_attention"):
             _exchange(block, name, PublishedLatentAttention(dim, heads))
         side = block.read.side
         _exchange(block, "read", PublishedWindowRead(dim, block.read.heads, side * side))
         _exchange(block, "write", PublishedWindowWrite(dim, block.write.heads, side * side))
-    return baseline.train(generator.training)
+    baseline.train(generator.training)
+    return baseline
 
 
 def _exchange(parent: nn.Module, name: str, module: nn.Module) -> None:
@@ -77,8 +79,11 @@ class _FourierUnit(FourierUnit):
 class _PositionCode(PositionCode):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         B, _, h, w = features.shape
-        position = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
-        angles = torch.pi * torch.linspace(1, 16, 64)[:, None, None] * torch.stack(position)[:, None]
+        rows, columns, frequency = (
+            torch.linspace(*ends, device=features.device) for ends in ((-1, 1, h), (-1, 1, w), (1, 16, 64))
+        )
+        position = torch.meshgrid(rows, columns, indexing="ij")
+        angles = torch.pi * frequency[:, None, None] * torch.stack(position)[:, None]
         code = torch.cat([torch.stack(position), angles.sin().flatten(0, 1), angles.cos().flatten(0, 1)])
         code = code.to(features).expand(B, -1, -1, -1)
         return self.project(torch.cat([features, code], dim=1))

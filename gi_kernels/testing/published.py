@@ -1,4 +1,4 @@
-"""The published formulations in eager PyTorch, written anew: what the benchmarks compare with.
+"""The published formulations in eager PyTorch, written anew: what ours are compared with.
 
 Each function and layer computes what its counterpart in ``gi_kernels`` does, by the steps that the
 published system takes: flows resized by ``F.interpolate`` and turned into a normalised grid for

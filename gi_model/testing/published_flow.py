@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.published import (
+from gi_kernels.testing.published import (
     published_complete_flow,
     published_convex_upsample,
     published_correlation_lookup,

@@ -1,0 +1,56 @@
+"""The steps that benchmarks and the demo time: both styles compute the same; the benchmarks are collected."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+
+from gi_kernels.testing.errors import largest_error, magnitude
+from gi_model.testing.steps import Steps
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return Steps(batch=1, references=2, size=128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("part", ["flow_stage", "generation", "whole"])
+def test_both_styles_agree(steps, part, dtype):
+    pair = getattr(steps, part)(dtype)
+    ours, published = pair.ours(), pair.published()
+    assert ours.dtype == published.dtype == torch.float32
+    assert published.std() > 1e-3 * magnitude(published)  # there is something to compare
+    allowed = 1e-3 if dtype == torch.float32 else 5e-2
+    assert largest_error(ours, published) <= allowed * magnitude(published)
+
+
+def test_whole_benchmark_of_steps_is_collected():
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_end_to_end.py", "--collect-only", "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for sample in ("t4_256", "t2_256", "t2_b8_256", "t4_b8_256"):
+        for dtype in ("float32", "bfloat16"):
+            assert f"[step-{sample}-contiguous-{dtype}-forward]" in done.stdout
+
+
+def test_a_step_of_the_benchmark_runs(monkeypatch):
+    """A GPU's case, smaller, as far as a CPU can run it."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import bench_end_to_end as benchmark
+
+    monkeypatch.setattr(benchmark, "steps", lambda B, T, device: Steps(B, T, 128, device))
+    case = next(c for c in benchmark.CASES if (c.sample, c.dtype) == ("t2_256", "float32"))
+    contest = case.build(case, torch.device("cpu"), True)
+    assert list(contest.contenders) == ["ours", "published"]
+    assert contest.verify() < 1e-3
+    for contender in contest.contenders.values():
+        assert contender.forward()().shape == (1, 3, 128, 128)
