@@ -1,4 +1,4 @@
-"""``accelerate`` on the published classes themselves.
+"""``accelerate`` on the published classes themselves, and our published style against them.
 
 Runs where ``GI_PUBLISHED`` names a checkout of runwayml/guided-inpainting, whose code needs ``einops`` and
 ``kornia``; what else it imports and these classes do not use is stubbed.
@@ -21,6 +21,11 @@ from test_acceleration import assert_close, assert_identical, batch_of, masked_f
 from torch import nn
 
 from gi_kernels.acceleration import OPERATORS, accelerate
+from gi_kernels.testing.timing import interleave
+from gi_model import export_published
+from gi_model.testing.published_flow import published_flow_stage
+from gi_model.testing.published_generator import published_generator
+from gi_model.testing.steps import Steps, blanked
 
 CHECKOUT = os.environ.get("GI_PUBLISHED")
 pytestmark = [
@@ -100,6 +105,37 @@ def generator(published, blocks=2):
 
 def flows_of(B, T, H, W):
     return {"flows": 4 * torch.randn(B, T, 2, H, W), "flow_errs": torch.rand(B, T, 1, H, W)}
+
+
+def originals(published, steps):
+    """The published generator in its published configuration and the flow wrapper, with our weights."""
+    ratios = {"ratio_gin": 0.75, "ratio_gout": 0.75, "enable_lfu": False}
+    model = published("modules.gi.lama_guided").GIResNetGenerator(
+        *(4, 3),
+        n_blocks=4,
+        add_out_act="sigmoid",
+        block_type="ffc",
+        resnet_conv_kwargs=ratios,
+        is_deformable=True,
+        is_crossattending=True,
+        n_cross=2,
+    )
+    model.load_state_dict(export_published(steps.generator))
+    flow = flow_wrapper(published, resolution=(256, 256))
+    flow.raft.load_state_dict(export_published(steps.raft))
+    return model.eval(), flow
+
+
+def call_of(steps, flows, errors):
+    """A generator's arguments."""
+    frames = {"input": blanked(steps.target), "srcs": blanked(steps.sources)}
+    return frames | {"flows": flows, "flow_errs": errors}
+
+
+def original_flows(flow, target, sources):
+    """Flows and errors, pair by pair, as the published training module computes them."""
+    pairs = [flow(target, source) for source in sources.unbind(1)]
+    return tuple(torch.stack(parts, dim=1) for parts in zip(*pairs, strict=True))
 
 
 def flow_network(published, small=False):
@@ -195,3 +231,37 @@ def test_training_module(published, on_the_cpu):
     assert again["flows"] is actual["flows"]
     report.undo()
     assert_identical(tensors(model(dict(batch))), tensors(expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [128, 256])
+def test_our_published_style_computes_the_same(published, on_the_cpu, size):
+    steps = Steps(batch=2 if size == 128 else 1, references=2, size=size)
+    model, flow = originals(published, steps)
+    expected = original_flows(flow, steps.target, steps.sources)
+    flows = published_flow_stage(steps.raft)(steps.target, steps.sources)
+    assert_close(flows, expected, 1e-4)
+    call = call_of(steps, *expected)
+    assert_close(published_generator(steps.generator)(**call), model(**call), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.slow(reason="times the published code, for a minute: --slow")
+def test_our_published_style_is_not_slower(published, on_the_cpu):
+    """Or what ours is compared with would flatter it; 5 % are left to the clock."""
+    steps = Steps(batch=1, references=2)
+    model, flow = originals(published, steps)
+    flow_baseline, baseline = published_flow_stage(steps.raft), published_generator(steps.generator)
+    call = call_of(steps, *steps.flows)
+    for part, ours, original in (
+        (
+            "flow stage",
+            lambda: flow_baseline(steps.target, steps.sources),
+            lambda: original_flows(flow, steps.target, steps.sources),
+        ),
+        ("generator", lambda: baseline(**call), lambda: model(**call)),
+    ):
+        times = interleave({"ours": ours, "original": original}, budget=25)
+        ratio = times["ours"].median / times["original"].median
+        print(f"{part}: our published style takes {ratio:.3f} of the original's time")
+        assert ratio <= 1.05, part
