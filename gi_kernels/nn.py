@@ -374,6 +374,12 @@ def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
+def scale_flow(flow: torch.Tensor, x: float, y: float) -> torch.Tensor:
+    """``flow`` [N,2,H,W] with its components times ``x`` and ``y``; no number is copied to a GPU."""
+    factors = [flow.new_full((1, 1, 1), factor) for factor in (x, y)]
+    return flow * torch.cat(factors)
+
+
 def grid_size(features: torch.Tensor, side: int) -> tuple[int, int]:
     """The multiples of ``side`` nearest to a map's height and width (halves to even), at least ``side``."""
     H, W = (side * max(1, round(n / side)) for n in features.shape[2:])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gi_kernels.acceleration.swapping import MEMORY, Replacement
+from gi_kernels.nn import scale_flow
 from gi_kernels.ops.complete_flow import complete_flow, reference
 from gi_kernels.ops.convex_upsample import convex_upsample
 from gi_kernels.ops.correlation_lookup import CorrelationPyramid
@@ -183,7 +184,7 @@ class FlowWrapper(Replacement):
         if H * w == W * h and not flow.requires_grad:  # one factor for both components
             return flow_consistency(flow, backward) * (H / h)
         difference = (flow + flow_warp(backward, flow)).abs()
-        return (difference * _vector(difference, W / w, H / h)).mean(dim=1, keepdim=True)
+        return scale_flow(difference, W / w, H / h).mean(dim=1, keepdim=True)
 
 
 class FlowLoop(Replacement):
@@ -307,9 +308,4 @@ def _resized(flow: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if (h, w) == size:
         return flow
     resized = F.interpolate(flow, size=size, mode="bilinear", align_corners=True)
-    return resized * _vector(flow, size[1] / w, size[0] / h)
-
-
-def _vector(like: torch.Tensor, x: float, y: float) -> torch.Tensor:
-    """``[2,1,1]``."""
-    return like.new_tensor([x, y])[:, None, None]
+    return scale_flow(resized, size[1] / w, size[0] / h)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gi_kernels import checks, complete_flow, flow_warp
-from gi_kernels.nn import resize
+from gi_kernels.nn import resize, scale_flow
 from gi_kernels.precision import accumulation_dtype
 from gi_model.flow.raft import RAFT, ImageEncoding
 
@@ -144,8 +144,7 @@ class FlowStage(nn.Module):
             ImageEncoding.join([other.image for other in others]),
             self.iterations,
         )
-        factors = flow.new_tensor(scale)[:, None, None]
-        flow, backward = (resize(each, (H, W)) * factors for each in (flow, backward))
+        flow, backward = (scale_flow(resize(each, (H, W)), *scale) for each in (flow, backward))
         flow, backward = complete_both(flow, backward, first.mask)
         return flow, backward, len(others), scale
 
@@ -210,7 +209,7 @@ def consistency_error(
     """
     with torch.autocast(flow.device.type, enabled=False):  # flows keep their precision
         deviation = (flow + flow_warp(backward, flow)).abs()
-    return (deviation * deviation.new_tensor(scale)[:, None, None]).mean(dim=1, keepdim=True)
+    return scale_flow(deviation, *scale).mean(dim=1, keepdim=True)
 
 
 def by_source(maps: torch.Tensor, count: int) -> torch.Tensor:

@@ -12,9 +12,6 @@ from gi_kernels.spec import Sample
 from gi_kernels.testing.calls import Outcome, evaluate, map_tensors
 from gi_kernels.testing.layouts import channels_last
 
-#: Reading the mask's rim on the host, its definition cannot be traced; its kernels can.
-NOT_TRACEABLE = {("complete_flow", "reference")}
-
 
 def typical_modes(spec) -> list[Sample]:
     """One sample, or one per way in which the operator is served."""
@@ -25,7 +22,6 @@ def typical_modes(spec) -> list[Sample]:
 @cases(typical_modes)
 def test_full_graph(case: Case) -> None:
     """One graph, forward and backward, equal to eager; a second call needs no other."""
-    _skip_untraceable(case)
     arguments = case.sample.make(torch.float32)
     expected = case.run(arguments)
     compiled = _compiled(case, backend="aot_eager")
@@ -170,8 +166,3 @@ def _fresh(value, differentiable: bool):
     if isinstance(value, dict):
         return {k: _fresh(v, differentiable) for k, v in value.items()}
     return value
-
-
-def _skip_untraceable(case: Case) -> None:
-    if (case.spec.name, case.backend) in NOT_TRACEABLE:
-        pytest.skip("reads the mask's rim on the host")

@@ -18,7 +18,7 @@ def resize_flow(flow: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if (h, w) == (height, width):
         return flow
     flow = resize(flow, height, width)
-    return flow * torch.tensor([width / w, height / h], dtype=flow.dtype, device=flow.device)[:, None, None]
+    return torch.stack([flow[:, 0] * (width / w), flow[:, 1] * (height / h)], dim=1)
 
 
 def resize(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
