@@ -89,7 +89,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """
     operator = _operator(op)
     tensors = _tensors([*args, *kwargs.values()])
-    wanted = _wanted()
+    wanted = asked()
     refused: dict[str, str] = {}
     chosen = None
     for name in BACKENDS:
@@ -119,7 +119,7 @@ def available_backends(op: str | Callable[..., Any], device: str = "cpu") -> lis
 def run(operator: Operator, *args: Any) -> Any:
     """Run ``operator`` on the backend that is asked for, or the best one."""
     tensors = _tensors(args)
-    wanted = _wanted()
+    wanted = asked()
     if wanted == "auto":
         for name in BACKENDS:
             if _refusal(operator, name, tensors) is None:
@@ -142,7 +142,8 @@ def run(operator: Operator, *args: Any) -> Any:
         return implementation(*arguments).to(storage)
 
 
-def _wanted() -> str:
+def asked() -> str:
+    """The backend that is asked for: a name, or ``auto``."""
     return _overrides[-1][0] if _overrides else _default
 
 

@@ -69,8 +69,12 @@ class LamaGenerator(Generator):
             TypeError, ValueError: ``input`` of the wrong type, rank, size, dtype or device.
         """
         self._check_frames(("input", input, f"B {self.channels} H W"))
-        out = self.decoder(self.blocks(self.split(self.encoder(self._frames(input))))).to(input.dtype)
+        out = self._launch(self._fill, input)
         return (out, []) if return_attention else out
+
+    def _fill(self, input: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward` of checked frames."""
+        return self.decoder(self.blocks(self.split(self.encoder(self._frames(input))))).to(input.dtype)
 
     def encode_references(self, srcs: torch.Tensor) -> References:
         """References ``[B,T,4,H,W]`` of which nothing is kept."""

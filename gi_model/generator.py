@@ -6,13 +6,15 @@ Source: Esser, Michael, Sengupta, "Towards Unified Keyframe Propagation Models",
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from gi_kernels import checks
 from gi_kernels.nn import DeformableAggregation, KeysValues, check_heads, check_inputs
+from gi_model.graphs import Graphs
 from gi_model.published import Names, renamed
 from gi_model.references import Crossing, References
 from gi_model.streams import (
@@ -54,6 +56,7 @@ class Generator(nn.Module):
         self.widths = widths(width, downsamplings, max_width)  # of feature maps, from fine to coarse
         self.optimised = False  # by for_inference
         self.channels_last: bool | None = None  # None: on CPUs, in eval mode
+        self.graphs = Graphs()
 
     def _finish(self, out_channels: int) -> None:
         """Add the decoder to all else, and draw weights for training."""
@@ -64,7 +67,8 @@ class Generator(nn.Module):
         """A copy that computes the same with less work, and cannot be trained.
 
         Batch norms are folded into convolutions, convolutions of one input are merged, position codes
-        are kept for the last few sizes.
+        are kept for the last few sizes. On a GPU, where autograd is off, its work is launched as one
+        CUDA graph per size, see :class:`~gi_model.graphs.Graphs`.
 
         Args:
             dtype: of weights and activations; inputs are cast to it, the result is of the inputs' dtype.
@@ -80,6 +84,12 @@ class Generator(nn.Module):
         optimised.channels_last = channels_last
         optimised.optimised = True
         return optimised
+
+    def _launch(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(*arguments)``, of a copy for inference through CUDA graphs."""
+        if not self.optimised:
+            return function(*arguments)
+        return self.graphs.run(function, *arguments, weights=lambda: [*self.parameters(), *self.buffers()])
 
     def train(self, mode: bool = True) -> Generator:
         """As of any module, but a copy for inference has no training mode."""
@@ -173,18 +183,39 @@ class CrossingGenerator(Generator):
             TypeError, ValueError: an argument of the wrong type, rank, size, dtype or device, or missing.
         """
         self._check(input, srcs, flows, flow_errs, references)
-        seen: Sequence[tuple[KeysValues | None, torch.Tensor | KeysValues | None]]
         if self.training:
             assert srcs is not None
             state, sources = self._encode_together(input, srcs)
             seen = self._cross(sources, *srcs.shape[:2])
-        else:
-            if references is None:
-                assert srcs is not None
-                references = self.encode_references(srcs)
-            state = self._encode(self._frames(input))
-            seen = [(c.attention, c.aggregation) for c in references.crossings]
+            return self._fill(state, seen, flows, flow_errs, input.dtype, return_attention)
+        if references is None:
+            assert srcs is not None
+            references = self.encode_references(srcs)
+        return self._launch(self._infer, input, references, flows, flow_errs, return_attention)
 
+    def _infer(
+        self,
+        input: torch.Tensor,
+        references: References,
+        flows: torch.Tensor | None,
+        flow_errs: torch.Tensor | None,
+        return_attention: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[Attention]]:
+        """:meth:`forward` in eval mode, of checked arguments."""
+        state = self._encode(self._frames(input))
+        seen = [(c.attention, c.aggregation) for c in references.crossings]
+        return self._fill(state, seen, flows, flow_errs, input.dtype, return_attention)
+
+    def _fill(
+        self,
+        state: State,
+        seen: Sequence[tuple[KeysValues | None, torch.Tensor | KeysValues | None]],
+        flows: torch.Tensor | None,
+        flow_errs: torch.Tensor | None,
+        dtype: torch.dtype,
+        return_attention: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[Attention]]:
+        """Images of ``dtype`` from the targets' state and what each crossed block sees of the references."""
         attentions = []
         for i, block in enumerate(self.blocks):
             attention, aggregation = seen[i] if i < self.crossed else (None, None)
@@ -198,7 +229,7 @@ class CrossingGenerator(Generator):
                 else:  # projects on the way, in a fraction of the memory
                     features = layer(state[0], aggregation, flows, flow_errs)
                 state = (features, *state[1:])
-        out = self.decoder(state[0]).to(input.dtype)
+        out = self.decoder(state[0]).to(dtype)
         return (out, [a for a in attentions if a is not None]) if return_attention else out
 
     def encode_references(self, srcs: torch.Tensor) -> References:
@@ -216,7 +247,8 @@ class CrossingGenerator(Generator):
             raise ValueError("srcs: expected eval mode to encode references; when training, call with srcs")
         self._check_srcs(srcs)
         at_once = 1 if srcs.is_cpu else srcs.shape[1]  # a larger batch is hardly faster there
-        return References.join([self._encode_batch(some) for some in srcs.split(at_once, dim=1)])
+        parts = [self._launch(self._encode_batch, some) for some in srcs.split(at_once, dim=1)]
+        return References.join(parts)
 
     def _encode_batch(self, srcs: torch.Tensor) -> References:
         """:meth:`encode_references` in one batch."""

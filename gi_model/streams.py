@@ -24,6 +24,7 @@ from torch import nn
 from gi_kernels import checks
 from gi_kernels.nn import KeysValues, LatentAttention, WindowRead, WindowWrite
 from gi_kernels.precision import accumulation_dtype
+from gi_model.graphs import hold
 from gi_model.published import Names, renamed
 
 BANDS = 64  # of the position code, per axis
@@ -243,7 +244,7 @@ class PositionCode(nn.Module):
         self.kept[size] = code
         while len(self.kept) > KEPT_SIZES:
             self.kept.popitem(last=False)
-        return code
+        return hold(code)
 
     def _project_code(self, size: tuple[int, int]) -> torch.Tensor:
         dtype, bias = self.project.weight.dtype, self.project.bias

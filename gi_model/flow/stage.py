@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from gi_kernels import checks, complete_flow, flow_warp
 from gi_kernels.nn import resize, scale_flow
 from gi_kernels.precision import accumulation_dtype
 from gi_model.flow.raft import RAFT, ImageEncoding
+from gi_model.graphs import Graphs
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class FlowStage(nn.Module):
 
     The result is bit-equal to that from images on the CPU.
 
-    Runs without gradients and freezes ``raft``'s parameters.
+    Runs without gradients and freezes ``raft``'s parameters. On a GPU its work is launched as one CUDA
+    graph per size, see :class:`~gi_model.graphs.Graphs`.
 
     Args:
         raft: the network; moved to bfloat16, or under autocast, the flow is still float32.
@@ -71,6 +73,7 @@ class FlowStage(nn.Module):
         self.raft = raft.requires_grad_(False)
         self.resolution = (resolution[0], resolution[1])
         self.iterations = iterations
+        self.graphs = Graphs()
 
     @torch.no_grad()
     def forward(
@@ -92,9 +95,7 @@ class FlowStage(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong type, rank, size or device; before any work.
         """
-        flow, backward, count, scale = self._completed(target, sources)
-        error = consistency_error(flow, backward, scale)
-        return by_source(flow, count), by_source(error, count)
+        return self._launch(self._flows, target, sources)
 
     @torch.no_grad()
     def both_ways(
@@ -103,23 +104,14 @@ class FlowStage(nn.Module):
         sources: torch.Tensor | Sequence[torch.Tensor | FrameEncoding],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Flow and error as from a call, then flow and error from each source back to the target."""
-        flow, backward, count, scale = self._completed(target, sources)
-        results = (
-            flow,
-            consistency_error(flow, backward, scale),
-            backward,
-            consistency_error(backward, flow, scale),
-        )
-        return tuple(by_source(each, count) for each in results)  # type: ignore[return-value]
+        return self._launch(self._flows_both_ways, target, sources)
 
     @torch.no_grad()
     def encode(self, rgba: torch.Tensor) -> FrameEncoding:
         """Frames ``[B,4,H,W]`` -> their encoding, which can stand for them in later calls."""
         checks.shapes(("rgba", rgba, "B 4 H W"))
         checks.nonempty("rgba", rgba, 2, 3)
-        rgba = rgba.to(accumulation_dtype(rgba.dtype))
-        image = self.raft.encode(2 * resize(rgba[:, :3], self.resolution) - 1)
-        return FrameEncoding(image, rgba[:, 3:].to(accumulation_dtype(image.features.dtype)))
+        return self._launch(self._encode, rgba)
 
     def published_names(self) -> dict[str, tuple[str, ...]]:
         """Own state-dict keys -> the published keys, in a checkpoint behind ``flow.``."""
@@ -128,6 +120,32 @@ class FlowStage(nn.Module):
             for key, names in self.raft.published_names().items()
         }
 
+    def _launch(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(*arguments)`` through CUDA graphs."""
+        return self.graphs.run(
+            function, *arguments, weights=lambda: [*self.raft.parameters(), *self.raft.buffers()]
+        )
+
+    def _flows(self, target: Any, sources: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        flow, backward, count, scale = self._completed(target, sources)
+        error = consistency_error(flow, backward, scale)
+        return by_source(flow, count), by_source(error, count)
+
+    def _flows_both_ways(self, target: Any, sources: Any) -> tuple[torch.Tensor, ...]:
+        flow, backward, count, scale = self._completed(target, sources)
+        results = (
+            flow,
+            consistency_error(flow, backward, scale),
+            backward,
+            consistency_error(backward, flow, scale),
+        )
+        return tuple(by_source(each, count) for each in results)
+
+    def _encode(self, rgba: torch.Tensor) -> FrameEncoding:
+        rgba = rgba.to(accumulation_dtype(rgba.dtype))
+        image = self.raft.encode(2 * resize(rgba[:, :3], self.resolution) - 1)
+        return FrameEncoding(image, rgba[:, 3:].to(accumulation_dtype(image.features.dtype)))
+
     def _completed(
         self,
         target: torch.Tensor | FrameEncoding,
@@ -135,7 +153,7 @@ class FlowStage(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, int, tuple[float, float]]:
         """Flows ``[T*B,2,H,W]`` both ways, T, and the scale of their x and y components."""
         frames = check_frames(target, sources, FrameEncoding)
-        first, *others = (f if isinstance(f, FrameEncoding) else self.encode(f) for f in frames)
+        first, *others = (f if isinstance(f, FrameEncoding) else self._encode(f) for f in frames)
         self._check_encodings(first, others)
         H, W = first.mask.shape[2:]
         scale = W / self.resolution[1], H / self.resolution[0]
