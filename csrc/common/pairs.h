@@ -38,21 +38,19 @@ GI_HOST_DEVICE __m512i pair_halves(__m512i numbers) {
   return _mm512_permutexvar_epi16(even, numbers);
 }
 
-// ---- from float32 rows, in place if wanted: `out` may be `source` or `first` ----
-
-// Pairs along a row; whole vectors of 16 pairs are written.
+// Pairs along a row of float32 numbers, which may be where they come from. Whole vectors of 16 pairs are written.
 inline void pairs_along(const float* source, i64 count, Pair* out) {
   for (i64 i = 0; i < count; i += 32)
     _mm512_storeu_si512(out + i / 2, (__m512i)_mm512_cvtne2ps_pbh(first_of(source + i + 16, count - i - 16),
                                                                   first_of(source + i, count - i)));
 }
 
-// Pairs of two rows' numbers; whole vectors of 16 pairs are written. No second row (null) is a row of zeros.
-inline void pairs_across(const float* first, const float* second, i64 count, Pair* out) {
-  for (i64 i = 0; i < count; i += 16) {
-    const __m512 high = second ? first_of(second + i, count - i) : _mm512_setzero_ps();
-    _mm512_storeu_si512(out + i, pair_halves((__m512i)_mm512_cvtne2ps_pbh(high, first_of(first + i, count - i))));
-  }
+// Sum of the numbers of a row that pairs_along() wrote.
+inline float sum_pairs(const Pair* row, i64 count) {
+  Vec<float> sum = {};
+  for (i64 p = 0; p < pairs(count); p += 16)
+    sum = add_products(sum, _mm512_loadu_si512(row + p), _mm512_set1_epi32(0x3f803f80));  // pairs of ones
+  return sum_lanes<float>(sum);
 }
 
 // ---- from bfloat16 arrays of any strides ----

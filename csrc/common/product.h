@@ -8,6 +8,8 @@
 // depth where the instruction set multiplies these.
 #pragma once
 
+#include <type_traits>
+
 #include "common/pairs.h"
 #include "common/staging.h"
 
@@ -106,6 +108,17 @@ template <class S> struct Panels {
   const S* data;
   i64 stride;  // between panels, in terms; the rows of a panel follow each other
 };
+
+// `rows` rows of sums as the left factor of the next product; rounded in place where terms are not sums.
+template <class S>
+inline Factor<S> as_factor(Sum<S>* sums, i64 sums_row, [[maybe_unused]] i64 rows, [[maybe_unused]] i64 columns) {
+  S* terms = reinterpret_cast<S*>(sums);
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<S, Pair>)
+    for (i64 r = 0; r < rows; ++r) pairs_along(sums + r * sums_row, columns, terms + r * sums_row);
+#endif
+  return {terms, sums_row, 1};
+}
 
 enum class Into { overwrite, add };
 
