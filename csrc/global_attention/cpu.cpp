@@ -1,14 +1,10 @@
 #include "global_attention/kernel.h"
 
-#include "common/product.h"
+#include "global_attention/rounding.h"
 
 GI_BEGIN_VARIANT
 
 namespace {
-
-// Scores of this many queries and keys are held at once.
-constexpr i64 kQueryBlock = 64;
-constexpr i64 kKeyBlock = 256;
 
 // Rows [first, first + count) of head h of item b of an array [B,h,N,d]: channels are the d numbers
 // of a row.
@@ -198,38 +194,40 @@ void add_dots(const Rows<const T>& a, const Rows<const T>& b, i64 count, A* dots
 template <class T>
 void backward_typed(const AttentionBackward& back, i64 begin, i64 end) {
   using A = typename Accumulate<T>::type;
-  // Of products of arguments. Those of p and grad_s stay in accumulation type: an error of rounding these would
-  // move all channels of a gradient together, and so its size.
   using S = typename Terms<T>::type;
   const AttentionForward& a = back.forward;
   const i64 heads = a.query.size[1], N = a.query.size[2], d = a.query.size[3];
-  const i64 row = padded_terms<S>(d), width = paneled<A>(d), scores_row = paneled<A>(kKeyBlock);
+  const i64 row = padded_terms<S>(d), width = paneled<S>(d), scores_row = paneled<S>(kKeyBlock);
+  const i64 depth_panel = terms<S>(d) * kPanel<S>, query_panel = terms<S>(N) * kPanel<S>;
   const A factor = 1 / __builtin_sqrt(A(d));
-  const auto bytes = [](i64 sums, i64 terms) { return sums * i64(sizeof(A)) + terms * i64(sizeof(S)); };
+  const auto sums = [](i64 count) { return count * i64(sizeof(A)); };
+  const auto factors = [](i64 count) { return count * i64(sizeof(S)); };
   // Queries and incoming gradients as rows, left factors, and packed, right factors.
-  Scratch query_memory(bytes(N * width, N * row)), grad_memory(bytes(N * width, N * row)),
-      sum_memory(bytes(N * width, 0)), dot_memory(bytes(N, 0)), row_memory,
-      score_memory(bytes(2 * kQueryBlock * scores_row, 0)),
-      key_memory(bytes(kKeyBlock * width, terms<S>(d) * scores_row)),
-      value_memory(bytes(0, terms<S>(d) * scores_row)), result_memory(bytes(2 * kKeyBlock * width, 0));
-  A *query_panels = query_memory.as<A>(), *grad_panels = grad_memory.as<A>(), *keys = key_memory.as<A>();
-  S *queries = reinterpret_cast<S*>(query_panels + N * width), *grads = reinterpret_cast<S*>(grad_panels + N * width);
-  S *keys_transposed = reinterpret_cast<S*>(keys + kKeyBlock * width), *values_transposed = value_memory.as<S>();
+  Scratch query_memory(factors(N * row + terms<S>(N) * width)), grad_memory(factors(N * row + terms<S>(N) * width)),
+      sum_memory(sums(N * width)), dot_memory(sums(N)), row_memory, score_memory(sums(2 * kQueryBlock * scores_row)),
+      key_memory(factors(terms<S>(d) * scores_row + terms<S>(kKeyBlock) * width)),
+      value_memory(factors(terms<S>(d) * scores_row)), result_memory(sums(2 * kKeyBlock * width));
+  S *queries = query_memory.as<S>(), *query_panels = queries + N * row;
+  S *grads = grad_memory.as<S>(), *grad_panels = grads + N * row;
   A *grad_query = sum_memory.as<A>(), *dots = dot_memory.as<A>();
   A *scores = score_memory.as<A>(), *grad_scores = scores + kQueryBlock * scores_row;
+  S *keys_transposed = key_memory.as<S>(), *keys = keys_transposed + terms<S>(d) * scores_row;
+  S* values_transposed = value_memory.as<S>();
   A *grad_key = result_memory.as<A>(), *grad_value = grad_key + kKeyBlock * width;
+  ScoreRounding<S> rounding(N);
   for (i64 item = begin; item < end; ++item) {
     const i64 h = item % heads, b = item / heads;
     const A* log_sum = static_cast<const A*>(a.log_sum) + item * N;
     const Rows<const T> query(a.query, b, h), grad(back.grad, b, h);
-    std::memset(dots, 0, bytes(N, 0));
+    std::memset(dots, 0, sums(N));
     add_dots(grad, Rows<const T>(a.output, b, h), N, dots, row_memory);
     if constexpr (sizeof(T) < sizeof(A)) add_dots(grad, Rows<const T>(a.remainder, b, h), N, dots, row_memory);
     query.pack_rows(0, N, queries, row);
     query.pack(0, N, query_panels);
     grad.pack_rows(0, N, grads, row);
     grad.pack(0, N, grad_panels);
-    std::memset(grad_query, 0, bytes(N * width, 0));
+    std::memset(grad_query, 0, sums(N * width));
+    rounding.start(N);
     for (i64 s = 0; s < a.segments; ++s)
       for (i64 j = 0; j < a.keys[s].size[2]; j += kKeyBlock) {
         const i64 block = minimum(kKeyBlock, a.keys[s].size[2] - j);
@@ -237,28 +235,33 @@ void backward_typed(const AttentionBackward& back, i64 begin, i64 end) {
         key.pack_transposed(j, block, keys_transposed);
         key.pack(j, block, keys);
         value.pack_transposed(j, block, values_transposed);
-        std::memset(grad_key, 0, bytes(2 * kKeyBlock * width, 0));
+        std::memset(grad_key, 0, sums(2 * kKeyBlock * width));
+        rounding.start_keys();
         for (i64 i = 0; i < N; i += kQueryBlock) {
-          const i64 rows = minimum(kQueryBlock, N - i);
-          multiply<S>(rows, block, d, {queries + i * row, row, 1}, {keys_transposed, terms<S>(d) * kPanel<S>}, scores,
+          const i64 rows = minimum(kQueryBlock, N - i), panel_row = terms<S>(i) * kPanel<S>;
+          multiply<S>(rows, block, d, {queries + i * row, row, 1}, {keys_transposed, depth_panel}, scores, scores_row,
+                      Into::overwrite);
+          multiply<S>(rows, block, d, {grads + i * row, row, 1}, {values_transposed, depth_panel}, grad_scores,
                       scores_row, Into::overwrite);
-          multiply<S>(rows, block, d, {grads + i * row, row, 1}, {values_transposed, terms<S>(d) * kPanel<S>},
-                      grad_scores, scores_row, Into::overwrite);
           for (i64 r = 0; r < rows; ++r)
             softmax_backward<A>(scores + r * scores_row, grad_scores + r * scores_row, block, factor, log_sum[i + r],
                                 dots[i + r]);
-          multiply<A>(block, d, rows, {scores, 1, scores_row}, {grad_panels + i * kPanel<A>, N * kPanel<A>},
-                      grad_value, width, Into::add);
-          multiply<A>(block, d, rows, {grad_scores, 1, scores_row}, {query_panels + i * kPanel<A>, N * kPanel<A>},
-                      grad_key, width, Into::add);
-          multiply<A>(rows, d, block, {grad_scores, scores_row, 1}, {keys, block * kPanel<A>}, grad_query + i * width,
-                      width, Into::add);
+          const auto left = rounding.factors(scores, grad_scores, scores_row, i, rows, block);
+          multiply<S>(block, d, rows, left.weights_turned, {grad_panels + panel_row, query_panel}, grad_value, width,
+                      Into::add);
+          multiply<S>(block, d, rows, left.grads_turned, {query_panels + panel_row, query_panel}, grad_key, width,
+                      Into::add);
+          multiply<S>(rows, d, block, left.grads, {keys, terms<S>(block) * kPanel<S>}, grad_query + i * width, width,
+                      Into::add);
         }
-        scale(grad_key, block * width, factor);
+        for (i64 r = 0; r < block; ++r) {
+          scale(grad_key + r * width, width, factor * rounding.key_gain(r));
+          scale(grad_value + r * width, width, rounding.value_gain(r));
+        }
         write(Rows<T>(back.grad_keys[s], b, h), j, block, grad_key, width);
         write(Rows<T>(back.grad_values[s], b, h), j, block, grad_value, width);
       }
-    scale(grad_query, N * width, factor);
+    for (i64 i = 0; i < N; ++i) scale(grad_query + i * width, width, factor * rounding.query_gain(i));
     write(Rows<T>(back.grad_query, b, h), 0, N, grad_query, width);
   }
 }
