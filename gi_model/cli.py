@@ -8,11 +8,11 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from gi_model.errors import InputError
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from gi_model.metrics import MaskedQuality
     from gi_model.video import FrameSource
+
+T = TypeVar("T")
 
 FAILED = 2  # exit code for anything the user can mend
 INTERRUPTED = 130
@@ -172,7 +174,7 @@ def run_propagate(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     with staged(picture) as temporary_picture, writer:
         results = propagator.run(read(), masks_read())
-        for index, result in enumerate(_progress(results, frames.count)):
+        for index, result in enumerate(progress(results, frames.count, "repairing")):
             image, mask, unharmed = pending.popleft()
             writer.write(result)
             sheet.add(index, image, mask, result, unharmed)
@@ -220,15 +222,15 @@ def _report(
     print("; ".join(parts))
 
 
-def _progress(results: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """Yield ``results`` under a progress bar on standard error, if that is a terminal."""
+def progress(items: Iterable[T], count: int, doing: str) -> Iterator[T]:
+    """Yield ``items`` under a progress bar on standard error, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("repairing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield from progress.track(results, total=count or None)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield from bar.track(items, total=count or None)
 
 
 if __name__ == "__main__":

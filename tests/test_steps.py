@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 pytest.importorskip("pytest_benchmark")
 
 from gi_kernels.testing.errors import largest_error, magnitude
+from gi_kernels.testing.timing import Times
+from gi_model import demo, step_times
+from gi_model.step_times import StepTimes
 from gi_model.testing.steps import Steps
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def steps():
-    return Steps(batch=1, references=2, size=128)
+    return Steps(batch=1, references=2, size=128, iterations=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -47,10 +51,48 @@ def test_a_step_of_the_benchmark_runs(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import bench_end_to_end as benchmark
 
-    monkeypatch.setattr(benchmark, "steps", lambda B, T, device: Steps(B, T, 128, device))
+    monkeypatch.setattr(benchmark, "steps", lambda B, T, device: Steps(B, T, 128, device, iterations=4))
     case = next(c for c in benchmark.CASES if (c.sample, c.dtype) == ("t2_256", "float32"))
     contest = case.build(case, torch.device("cpu"), True)
     assert list(contest.contenders) == ["ours", "published"]
     assert contest.verify() < 1e-3
     for contender in contest.contenders.values():
         assert contender.forward()().shape == (1, 3, 128, 128)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_table_of_times(monkeypatch, low):
+    monkeypatch.setattr(step_times, "gains_by_bfloat16", lambda: low)
+    times = StepTimes(Steps(1, 1, 128, iterations=2), rounds=1)
+    assert len(list(times)) == len(times) == 2 * 3 * (2 + low)
+    heading, empty, styles, *parts = str(times).splitlines()
+    assert heading.startswith("One step of 1 at 128 x 128 with 1 references") and not empty
+    assert [s.strip() for s in styles.split("  ") if s.strip()] == [
+        "published",
+        "ours",
+        *(["ours, bfloat16"] if low else []),
+    ]
+    assert [line.split("  ")[0] for line in parts] == ["flow stage", "generator", "whole step"]
+    for line in parts:
+        assert re.fullmatch(r".*  \d+\.\d\d s" + r" +\d+\.\d\d s \(\d+\.\dx\)" * (1 + low), line), line
+    assert len({len(line) for line in parts}) == 1
+
+
+def test_bfloat16_is_timed_where_it_is_faster(monkeypatch):
+    def interleave(contenders, budget):
+        assert contenders["low"]().dtype == torch.bfloat16
+        return {name: Times((seconds[name],)) for name in contenders}
+
+    monkeypatch.setattr(step_times.timing, "interleave", interleave)
+    for low, expected in ((0.5, True), (1.5, False)):
+        seconds = {"exact": 1.0, "low": low}
+        assert step_times.gains_by_bfloat16() is expected
+
+
+def test_the_demo_shows_the_table(monkeypatch, capsys):
+    monkeypatch.setattr(
+        step_times, "StepTimes", lambda steps: StepTimes(Steps(1, 1, 128, iterations=2), rounds=1)
+    )
+    assert demo.show_times() == 0
+    shown = capsys.readouterr().out
+    assert "whole step" in shown and "--checkpoint ours.ckpt" in shown

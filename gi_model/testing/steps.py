@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from gi_model import build_generator
 from gi_model.flow import RAFT, FlowStage
 from gi_model.generator import TwoStreamGenerator
-from gi_model.testing.published_flow import published_flow_stage
+from gi_model.testing.published_flow import PublishedFlowStage, published_flow_stage
 from gi_model.testing.published_generator import published_generator
 
 Call = Callable[[], torch.Tensor]
@@ -38,19 +38,25 @@ class Steps:
         batch, references: B and T.
         size: height and width of the frames.
         device: where all of it runs.
+        iterations: of the flow network.
     """
 
     def __init__(
-        self, batch: int = 1, references: int = 4, size: int = 256, device: str | torch.device = "cpu"
+        self,
+        batch: int = 1,
+        references: int = 4,
+        size: int = 256,
+        device: str | torch.device = "cpu",
+        iterations: int = 20,
     ) -> None:
-        self.device = torch.device(device)
+        self.device, self.iterations = torch.device(device), iterations
         target, sources = frames(batch, references, size)
         self.target, self.sources = target.to(self.device), sources.to(self.device)
         self.raft, self.generator = networks(self.device)
 
     def flow_stage(self, dtype: torch.dtype = torch.float32) -> Pair:
         """Flow to all references, their encodings kept."""
-        ours, theirs = FlowStage(self.raft), published_flow_stage(self.raft)
+        ours, theirs = self._flow_stages()
         with self._autocast(dtype):
             kept = [ours.encode(s) for s in self.sources.unbind(1)]
 
@@ -83,7 +89,7 @@ class Steps:
 
         ``compiled``: the published step under ``torch.compile(mode="max-autotune")``.
         """
-        stage, flow_baseline = FlowStage(self.raft), published_flow_stage(self.raft)
+        stage, flow_baseline = self._flow_stages()
         fast, baseline = self._fast(dtype), published_generator(self.generator)
         with torch.no_grad(), self._autocast(dtype):
             kept = [stage.encode(s) for s in self.sources.unbind(1)]
@@ -116,6 +122,10 @@ class Steps:
         random = torch.Generator().manual_seed(2)
         flows = 4 * torch.randn(B, T, 2, H, W, generator=random)
         return flows.to(self.device), torch.rand(B, T, 1, H, W, generator=random).to(self.device)
+
+    def _flow_stages(self) -> tuple[FlowStage, PublishedFlowStage]:
+        ours = FlowStage(self.raft, iterations=self.iterations)
+        return ours, published_flow_stage(self.raft, iterations=self.iterations)
 
     def _fast(self, dtype: torch.dtype) -> TwoStreamGenerator:
         fast = self.generator.for_inference(None if dtype == torch.float32 else dtype)
