@@ -22,7 +22,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: EXTRAS = video
-demo: install  ## repair the bundled clip; writes demo-output/
+demo: install  ## repair the bundled clip into demo-output/, time the two-stream generator
 	cd $(BIN) && ./python -m gi_model.demo -o $(CURDIR)/demo-output
 
 test: install lint types ctest unit variants sanitize-short  ## everything that must pass, in under 30 minutes
