@@ -18,6 +18,7 @@ WARM_UPS = 2  # runs before recording, in which libraries allocate and choose
 KEPT = 8  # graphs, each with memory of its own for all that lies between arguments and results
 
 _recording = threading.local()
+_one_at_a_time = threading.Lock()  # CUDA records no two graphs of a process at once
 
 
 class Graphs:
@@ -98,7 +99,8 @@ class Graphs:
         self, function: Callable[..., Any], arguments: Any, weights: Callable[[], Iterable[torch.Tensor]]
     ) -> _Graph | None:
         try:
-            return _Graph(function, arguments, list(weights()))
+            with _one_at_a_time:
+                return _Graph(function, arguments, list(weights()))
         except RuntimeError as error:  # also those of the CUDA runtime and of its memory
             if not self._warned:
                 self._warned = True

@@ -2,8 +2,8 @@
 
 A tensor's values come from torch's CPU generator, seeded with the CRC-32 of the name. The file
 ``operators.safetensors`` holds only what the published implementation made of them, as do
-``generators.safetensors`` and ``raft.safetensors``, and ``train_grad_norms.json`` the norms of its
-gradients.
+``generators.safetensors``, ``raft.safetensors`` and ``discriminator.npz``, and
+``train_grad_norms.json`` the norms of its gradients.
 """
 
 from __future__ import annotations
