@@ -34,8 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded("gi-model", lambda: options.run(options))
 
 
-def guarded(name: str, run: Callable[[], int]) -> int:
-    """Exit code of ``run``; what a user can mend becomes a line on standard error."""
+def guarded(name: str, run: Callable[[], int], left: str = "nothing was written") -> int:
+    """Exit code of ``run``; what a user can mend becomes a line on standard error.
+
+    ``left``: what an interrupted run leaves behind.
+    """
     try:
         with _terminable():
             return run()
@@ -48,7 +51,7 @@ def guarded(name: str, run: Callable[[], int]) -> int:
     except MemoryError:
         message = "not enough memory; a smaller --radius needs less"
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; nothing was written", file=sys.stderr)
+        print(f"{name}: interrupted; {left}", file=sys.stderr)
         return INTERRUPTED
     print(f"{name}: {message}", file=sys.stderr)
     return FAILED

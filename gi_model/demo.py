@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = ["propagate", str(folder / "masked.mkv"), "--masks", str(folder / "masks")]
     command += ["--truth", str(CLIP), "-o", str(folder / "repaired.mp4")]
     print("gi-model", *command)
-    return cli.main(command) or cli.guarded("demo", show_times)
+    return cli.main(command) or cli.guarded("demo", show_times, f"the repaired clip is in {folder}")
 
 
 def harm(clip: Path, folder: Path) -> int:

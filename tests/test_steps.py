@@ -89,6 +89,17 @@ def test_bfloat16_is_timed_where_it_is_faster(monkeypatch):
         assert step_times.gains_by_bfloat16() is expected
 
 
+def test_an_interrupted_second_act_says_what_is_there(monkeypatch, tmp_path, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "harm", lambda clip, folder: 0)
+    monkeypatch.setattr(demo.cli, "main", lambda command: 0)
+    monkeypatch.setattr(demo, "show_times", interrupted)
+    assert demo.main(["-o", str(tmp_path)]) == demo.cli.INTERRUPTED
+    assert f"demo: interrupted; the repaired clip is in {tmp_path}" in capsys.readouterr().err
+
+
 def test_the_demo_shows_the_table(monkeypatch, capsys):
     monkeypatch.setattr(
         step_times, "StepTimes", lambda steps: StepTimes(Steps(1, 1, 128, iterations=2), rounds=1)
