@@ -31,13 +31,9 @@ from gi_kernels.ops.window_pool import window_pool
 from gi_kernels.ops.window_pool.reference import join_windows, split_windows
 from gi_kernels.ops.window_spread import window_spread
 from gi_kernels.precision import accumulation_dtype
-from gi_kernels.products import Linear, Pointwise, linear
+from gi_kernels.products import Linear, Pointwise, add_mlp_, linear
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
-
-# Pixels that pass through a write's MLP at a time where no gradient is taken: few enough for what lies
-# between its products to stay in memory that is at hand, enough for products to be fast.
-_PIXELS = 1024
 
 
 class DeformableAggregation(nn.Module):
@@ -335,8 +331,7 @@ class WindowWrite(nn.Module):
         rows = z.permute(0, 2, 3, 1)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_channels_last(z):
             return z + linear(F.gelu(linear(rows, weight1, bias1)), weight2, bias2).permute(0, 3, 1, 2)
-        for part in rows.view(-1, len(bias2)).split(_PIXELS):
-            part += linear(torch.ops.aten.gelu_(linear(part, weight1, bias1)), weight2, bias2)
+        add_mlp_(rows.view(-1, len(bias2)), weight1, bias1, weight2, bias2)
         return z
 
     def _batch_statistics(self, logits: torch.Tensor, values: torch.Tensor) -> KeysValues:

@@ -3,6 +3,8 @@
 On the CPU, large float32 products go to oneDNN as 1x1 convolutions of channels-last maps: on AMD
 processors PyTorch's other way, MKL, reaches less than half the speed, forward and backward; on Intel's
 both are as fast. Where oneDNN serves matrix products anyway, in low precision, they stay products.
+Where no gradient is taken, an MLP's GELU and sum are done in its convolutions, by the operators that
+``torch.compile`` fuses with.
 """
 
 from __future__ import annotations
@@ -17,6 +19,16 @@ from gi_kernels.layout import is_channels_last
 _LEAST = 1 << 23
 
 _ONEDNN = torch.backends.mkldnn.is_available()  # here, since compilers do not follow the call
+
+# Whether PyTorch has oneDNN's fused convolutions, which it keeps for its compiler.
+_FUSES = _ONEDNN and all(
+    hasattr(torch.ops.mkldnn, name)
+    for name in ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
+)
+
+# Rows that pass through an MLP at a time where no gradient is taken: few enough for what lies between
+# its products to stay in the caches, enough for products to be fast.
+_ROWS = 1024
 
 
 def linear(
@@ -50,6 +62,34 @@ def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     pixels, kernels = x.flatten(2), weight.expand(x.shape[0], -1, -1)
     out = torch.bmm(kernels, pixels) if bias is None else torch.baddbmm(bias[:, None], kernels, pixels)
     return out.unflatten(2, x.shape[2:])
+
+
+def add_mlp_(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
+) -> torch.Tensor:
+    """``x`` [N,C] + ``weight2`` [C,D] GELU(``weight1`` [D,C] x + ``bias1``) + ``bias2``, in the memory of x.
+
+    Rows of x are dense; no gradient is taken.
+    """
+    parts = x.split(_ROWS)
+    if not _FUSES or not _by_convolution(parts[0], weight1, 1):
+        for part in parts:
+            part += linear(torch.ops.aten.gelu_(linear(part, weight1, bias1)), weight2, bias2)
+        return x
+    once = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
+    kernel1, kernel2 = (
+        torch.ops.mkldnn._reorder_convolution_weight(
+            w[:, :, None, None], *once, [1, w.shape[1], 1, len(parts[0])]
+        )
+        for w in (weight1, weight2)
+    )
+    for part in parts:
+        pixels = part[None, None].permute(0, 3, 1, 2)
+        hidden = torch.ops.mkldnn._convolution_pointwise(pixels, kernel1, bias1, *once, "gelu", [], "none")
+        torch.ops.mkldnn._convolution_pointwise_.binary(
+            pixels, hidden, kernel2, bias2, *once, "add", 1.0, None, [], None
+        )
+    return x
 
 
 class Linear(nn.Linear):

@@ -86,6 +86,34 @@ def test_pointwise(way, shape, layout, dtype):
     assert found[0].is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 4, 11])
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+@torch.no_grad()
+def test_add_mlp(way, fused, rows, dtype, monkeypatch):
+    """Parts of four rows, the last one smaller."""
+    monkeypatch.setattr(products, "_ROWS", 4)
+    monkeypatch.setattr(products, "_FUSES", fused and products._FUSES)
+    x, weight1, bias1 = operands((rows, 24), 40, 24, dtype)
+    _, weight2, bias2 = operands((0,), 24, 40, dtype)
+    exact = [t.double() for t in (x, weight1, bias1, weight2, bias2)]
+    expected = exact[0] + F.linear(F.gelu(F.linear(*exact[:3])), *exact[3:])
+    found = products.add_mlp_(x, weight1, bias1, weight2, bias2)
+    assert found is x
+    error = (found.double() - expected).abs().max() if rows else 0
+    assert error <= TOLERANCE[dtype] * (expected.abs().max() if rows else 1)
+
+
+@torch.no_grad()
+def test_large_mlps_are_fused():
+    """The operators of PyTorch's compiler are where they are looked for."""
+    x, weight, bias = torch.randn(1024, 128), torch.randn(128, 128), torch.randn(128)
+    with torch.profiler.profile() as profile:
+        products.add_mlp_(x, weight, bias, weight, bias)
+    fused = any("_convolution_pointwise" in event.key for event in profile.key_averages())
+    assert fused == torch.backends.mkldnn.is_available()
+
+
 def test_large_products_are_convolutions():
     """And those of another dtype or under autocast are not."""
 
