@@ -21,6 +21,8 @@ TORCH_LIBRARY(gi, m) {
   m.def("correlation_lookup_on_demand_backward(Tensor grad, Tensor features1, Tensor[] features2, Tensor coords, int radius, bool need_features1, bool need_features2, bool need_coords) -> (Tensor, Tensor[], Tensor)");
   m.def("convex_upsample(Tensor flow, Tensor mask) -> Tensor");
   m.def("convex_upsample_backward(Tensor grad, Tensor flow, Tensor mask, bool need_flow, bool need_mask) -> (Tensor, Tensor)");
+  m.def("batch_norm(Tensor x, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def("batch_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor variance, float eps, bool relu) -> (Tensor, Tensor, Tensor)");
   m.def("relayout(Tensor x, bool channels_last) -> Tensor");
   m.def("window_pool(Tensor logits, Tensor features, int rows, int columns) -> Tensor");
   m.def("window_pool_backward(Tensor grad, Tensor logits, Tensor features, int rows, int columns, bool need_logits, bool need_features) -> (Tensor, Tensor)");

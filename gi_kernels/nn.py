@@ -23,6 +23,7 @@ from torch import nn
 
 from gi_kernels import checks
 from gi_kernels.layout import is_channels_last, relayout
+from gi_kernels.norms import batch_norm, track
 from gi_kernels.ops.deformable_aggregation import deformable_aggregation
 from gi_kernels.ops.global_attention import global_attention
 from gi_kernels.ops.pixel_projection import pixel_projection
@@ -321,7 +322,7 @@ class WindowWrite(nn.Module):
         """z + MLP(BN(z)), the constant being added to z first; overwrites ``z``."""
         if constant is None or not _is_fixed(self.ln2) or not _is_exact(z):
             z = z if constant is None else z.add_(constant.to(z.dtype)[:, None, None])
-            return z + self.mlp(self.ln2(z))
+            return z + self.mlp(batch_norm(z, self.ln2))
         # Norm and constant are folded into weights and biases: passes over the map cost more.
         dense1, dense2 = self.mlp.dense1, self.mlp.dense2
         scale, shift = _affine(self.ln2, self.ln2.running_mean, self.ln2.running_var)
@@ -349,16 +350,7 @@ class WindowWrite(nn.Module):
         mean = (gates.sum(3)[..., None] * v).sum((0, 1)).flatten() / count
         square = ((gates**2).sum(3)[..., None] * v**2).sum((0, 1)).flatten() / count
         variance = (square - mean**2).clamp(min=0)
-        norm = self.ln1
-        if norm.track_running_stats and norm.running_mean is not None:
-            with torch.no_grad():
-                norm.num_batches_tracked.add_(1)
-                share = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.double()
-                for running, new in (
-                    (norm.running_mean, mean),
-                    (norm.running_var, variance * (count / (count - 1))),
-                ):
-                    running.copy_(running + (new.to(running.dtype) - running) * share)
+        track(self.ln1, mean, variance, count)
         return mean, variance
 
 

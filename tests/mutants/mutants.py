@@ -13,6 +13,7 @@ POSITIONS = "tests/contract/test_positions.py"
 RUNTIME = "tests/contract/test_runtime.py"
 LAYOUT = "tests/test_layout.py"
 ATTENTION = "tests/test_attention.py"
+NORMS = "tests/test_norms.py"
 
 
 @dataclass(frozen=True)
@@ -414,9 +415,9 @@ MUTANTS = (
     # ---- relayout ----
     Mutant(
         "rows joined although one of the maps has gaps between them",
-        "relayout/bind.cpp",
-        "for (Array* map : {&a.source, &a.target})\n    if",
-        "for (Array* map : {&a.target})\n    if",
+        "common/binding.h",
+        "for (const Array* map : maps)\n    if",
+        "for (const Array* map : {*(maps.end() - 1)})\n    if",
         "copy",
         (LAYOUT,),
     ),
@@ -443,5 +444,62 @@ MUTANTS = (
         "stage_row<A, T>(source.data,",
         "copy",
         (LAYOUT,),
+    ),
+    # ---- batch_norm ----
+    Mutant(
+        "pieces of different sizes weighed alike",
+        "batch_norm/cpu.cpp",
+        "const double n = double(piece_of(a, item).pixels);",
+        "const double n = 1;",
+        "agrees",
+        (NORMS,),
+    ),
+    Mutant(
+        "distance of a piece's mean from the mean lost",
+        "batch_norm/cpu.cpp",
+        "+ double(piece_of(a, item).pixels) * deviation * deviation;",
+        ";",
+        "agrees",
+        (NORMS,),
+    ),
+    Mutant(
+        "last pixels of a row lost in the norm",
+        "batch_norm/cpu.cpp",
+        "(a.input.size[3] + kNormPixels - 1) / kNormPixels",
+        "maximum<i64>(1, a.input.size[3] / kNormPixels)",
+        "agrees",
+        (NORMS,),
+    ),
+    Mutant(
+        "parameters of every block of channels from the first",
+        "batch_norm/cpu.cpp",
+        "norm.mean.at(c0 + c), c0 + c));",
+        "norm.mean.at(c0 + c), c));",
+        "agrees",
+        (NORMS,),
+    ),
+    Mutant(
+        "gradient past the ReLU",
+        "batch_norm/cpu.cpp",
+        "return relu ? (affine(deviation, c) <= 0 ? splat<A>(0) : grad) : grad;",
+        "return relu ? grad : grad;",
+        "agrees",
+        (NORMS,),
+    ),
+    Mutant(
+        "slope of the gradient divided by the deviation once",
+        "batch_norm/cpu.cpp",
+        "totals[C + c] / pixels * inverse * inverse;",
+        "totals[C + c] / pixels * inverse;",
+        "agrees",
+        (NORMS,),
+    ),
+    Mutant(
+        "NaN turned to zero by the ReLU",
+        "batch_norm/cpu.cpp",
+        "(y < 0 ? splat<A>(0) : y)",
+        "(y > 0 ? y : splat<A>(0))",
+        "nan",
+        (NORMS,),
     ),
 )

@@ -22,7 +22,7 @@ TREE = ROOT / "build" / "mutants" / "tree"
 BUILD = ROOT / "build" / "mutants" / "build"
 COPIED = (
     *("csrc", "gi_kernels", "CMakeLists.txt", "pyproject.toml"),
-    *("tests/contract", "tests/conftest.py", "tests/test_layout.py"),
+    *("tests/contract", "tests/conftest.py", "tests/test_layout.py", "tests/test_norms.py"),
 )
 SECONDS = 300  # a test run that takes longer hangs, which is a way of being caught
 
