@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gi_kernels import checks
+from gi_kernels import checks, native
 from gi_kernels.nn import DeformableAggregation, KeysValues, check_heads, check_inputs
 from gi_model.graphs import Graphs
 from gi_model.published import Names, renamed
@@ -55,7 +55,7 @@ class Generator(nn.Module):
         self.channels, self.downsamplings = in_channels, downsamplings
         self.widths = widths(width, downsamplings, max_width)  # of feature maps, from fine to coarse
         self.optimised = False  # by for_inference
-        self.channels_last: bool | None = None  # None: on CPUs, in eval mode
+        self.channels_last: bool | None = None  # None: on CPUs
         self.graphs = Graphs()
 
     def _finish(self, out_channels: int) -> None:
@@ -108,9 +108,10 @@ class Generator(nn.Module):
 
     def _frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames ``[N,4,H,W]`` as the encoder wants them."""
-        # Convolutions of PyTorch on CPUs are up to twice as fast with the channels last, but batch norm
-        # then sums up in a way that loses digits when training.
-        last = frames.is_cpu and not self.training if self.channels_last is None else self.channels_last
+        # Convolutions of PyTorch on CPUs are up to twice as fast with the channels last, but its batch norm
+        # then sums up in a way that loses digits when training; that of the kernels does not.
+        precise = not self.training or native.PROBLEM is None
+        last = frames.is_cpu and precise if self.channels_last is None else self.channels_last
         dtype = self._weight().dtype if self.optimised else frames.dtype
         return frames.to(dtype=dtype, memory_format=torch.channels_last if last else torch.preserve_format)
 
@@ -271,9 +272,9 @@ class CrossingGenerator(Generator):
 
     def _encode_together(self, input: torch.Tensor, srcs: torch.Tensor) -> tuple[State, State]:
         """States of targets and of references, in one batch: batch norm sees all frames."""
-        frames = torch.cat([input[:, None], srcs], dim=1)
-        state = [s.unflatten(0, frames.shape[:2]) for s in self._encode(self._frames(frames.flatten(0, 1)))]
-        return tuple(s[:, 0] for s in state), tuple(s[:, 1:].flatten(0, 1) for s in state)
+        frames = torch.cat([input, srcs.flatten(0, 1)])  # in this order both parts are views, of any layout
+        parts = [s.split([len(input), len(s) - len(input)]) for s in self._encode(self._frames(frames))]
+        return tuple(targets for targets, _ in parts), tuple(sources for _, sources in parts)
 
     def _cross(self, state: State, B: int, T: int) -> list[tuple[KeysValues | None, torch.Tensor]]:
         """References, state of ``[B·T,...]``, through the crossed blocks among themselves.

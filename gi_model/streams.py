@@ -15,7 +15,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import nn
 
 from gi_kernels import checks
 from gi_kernels.nn import KeysValues, LatentAttention, WindowRead, WindowWrite
+from gi_kernels.norms import batch_norm
 from gi_kernels.precision import accumulation_dtype
 from gi_model.graphs import hold
 from gi_model.published import Names, renamed
@@ -43,18 +44,31 @@ class Foldable(Protocol):
         ...
 
 
+class ReflectConv(nn.Conv2d):
+    """``nn.Conv2d`` of an odd ``size``, padded by reflection; keeps the padded map alone for the gradient."""
+
+    def __init__(
+        self, channels: int, out: int, size: int, stride: int = 1, groups: int = 1, bias: bool = True
+    ) -> None:
+        super().__init__(
+            channels, out, size, stride, size // 2, groups=groups, bias=bias, padding_mode="reflect"
+        )
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        padded = reflect(input, self.kernel_size[0] // 2)
+        return F.conv2d(padded, self.weight, self.bias, self.stride, groups=self.groups)
+
+
 class ConvNormRelu(nn.Module):
     """``ReLU(BN(conv(x)))``: ``[B,C,H,W]`` -> ``[B,O,ceil(H/stride),ceil(W/stride)]``."""
 
     def __init__(self, channels: int, out: int, size: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            channels, out, size, stride, size // 2, groups=groups, bias=False, padding_mode="reflect"
-        )
+        self.conv = ReflectConv(channels, out, size, stride, groups, bias=False)
         self.norm = nn.BatchNorm2d(out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.norm(self.conv(x)), inplace=True)
+        return batch_norm(self.conv(x), self.norm, relu=True)
 
     def folded(self) -> nn.Module:
         return nn.Sequential(fold_norm(self.conv, self.norm), nn.ReLU(inplace=True))
@@ -92,7 +106,7 @@ class FourierUnit(nn.Module):
         pixels = x.to(accumulation_dtype(x.dtype)).permute(0, 2, 3, 1)
         spectrum = torch.fft.rfft2(pixels, dim=(1, 2), norm="ortho")  # [B,H,W/2+1,C]
         parts = torch.view_as_real(spectrum).flatten(3).permute(0, 3, 1, 2).to(x.dtype)
-        parts = F.relu(self.norm(self.conv(parts)), inplace=True).to(pixels.dtype)
+        parts = batch_norm(self.conv(parts), self.norm, relu=True).to(pixels.dtype)
         spectrum = torch.view_as_complex(parts.permute(0, 2, 3, 1).contiguous().unflatten(3, (-1, 2)))
         pixels = torch.fft.irfft2(spectrum, s=size, dim=(1, 2), norm="ortho")
         return pixels.permute(0, 3, 1, 2).to(x.dtype)
@@ -117,7 +131,7 @@ class SpectralTransform(nn.Module):
         self.expand = nn.Conv2d(channels // 2, channels, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu(self.norm(self.reduce(x)), inplace=True)
+        y = batch_norm(self.reduce(x), self.norm, relu=True)
         return self.expand(y + self.fourier(y))
 
     def published_names(self) -> Names:
@@ -144,11 +158,14 @@ class FourierConv(nn.Module):
         self.global_norm = nn.BatchNorm2d(global_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")  # once, for all three
-        local = self.local_norm(F.conv2d(padded, self.weight_to_local()))
-        spatial = F.conv2d(padded[:, : self.split[0]], self.local_to_global.weight)
-        whole = self.global_norm(spatial + self.spectral(x[:, self.split[0] :]))
-        return F.relu(torch.cat([local, whole], dim=1), inplace=True)
+        L = self.split[0]
+        padded = reflect(x, 1)  # once, for all three
+        local = F.conv2d(padded, self.weight_to_local())
+        spatial = F.conv2d(crop(padded, 0, L), self.local_to_global.weight)
+        # Not of x, which need not be kept for the gradient then.
+        whole = spatial + self.spectral(crop(padded, L, x.shape[1], margin=1))
+        norms = ((local, self.local_norm), (whole, self.global_norm))
+        return torch.cat([batch_norm(y, norm, relu=True) for y, norm in norms], dim=1)
 
     def weight_to_local(self) -> torch.Tensor:
         """``[L,C,3,3]``: the sum of two convolutions is one of all channels."""
@@ -191,7 +208,7 @@ class FoldedFourierConv(nn.Module):
         self.expand.bias = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        padded = reflect(x, 1)
         y = F.relu(self.reduce(x[:, self.split[0] :]), inplace=True)
         whole = self.to_global(padded[:, : self.split[0]]) + self.expand(y + self.fourier(y))
         return F.relu(torch.cat([self.to_local(padded), whole], dim=1), inplace=True)
@@ -366,7 +383,7 @@ class UpNormRelu(nn.Module):
         self.norm = nn.BatchNorm2d(out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.norm(self.conv(x)), inplace=True)
+        return batch_norm(self.conv(x), self.norm, relu=True)
 
     def folded(self) -> nn.Module:
         return nn.Sequential(fold_norm(self.conv, self.norm), nn.ReLU(inplace=True))
@@ -379,7 +396,7 @@ class Decoder(nn.Module):
         super().__init__()
         coarse_to_fine = widths[::-1]
         self.up = nn.Sequential(*(UpNormRelu(*pair) for pair in pairwise(coarse_to_fine)))
-        self.out = nn.Conv2d(widths[0], out, 7, padding=3, padding_mode="reflect")
+        self.out = ReflectConv(widths[0], out, 7)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.out(self.up(features)).sigmoid()
@@ -391,6 +408,51 @@ class Decoder(nn.Module):
             parts |= {f"decoder.up.{i}.conv": f"model.{start + 3 * i}"}
             parts |= {f"decoder.up.{i}.norm": f"model.{start + 3 * i + 1}"}
         return parts | {"decoder.out": f"model.{start + 3 * len(self.up) + 1}"}
+
+
+def reflect(x: torch.Tensor, margin: int) -> torch.Tensor:
+    """``x`` [B,C,H,W] padded by reflection; does not keep ``x`` for the gradient, as ``F.pad`` does."""
+    return _Reflect.apply(x, margin)  # type: ignore[no-any-return]
+
+
+class _Reflect(torch.autograd.Function):
+    @staticmethod
+    def forward(x: torch.Tensor, margin: int) -> torch.Tensor:
+        return F.pad(x, (margin,) * 4, mode="reflect")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, int], output: torch.Tensor) -> None:
+        ctx.margin = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        m, (H, W) = ctx.margin, grad.shape[2:]
+        like = grad[:, :, m : H - m, m : W - m]  # the input's shape is all that is wanted of it
+        return torch.ops.aten.reflection_pad2d_backward(grad, like, (m,) * 4), None
+
+
+def crop(x: torch.Tensor, begin: int, end: int, margin: int = 0) -> torch.Tensor:
+    """Channels ``[begin, end)`` of ``x`` [B,C,H,W] without ``margin`` pixels on each side.
+
+    A view; its gradient has the layout of the incoming one, which indexing would not keep.
+    """
+    return _Crop.apply(x, begin, end, margin)  # type: ignore[no-any-return]
+
+
+class _Crop(torch.autograd.Function):
+    @staticmethod
+    def forward(x: torch.Tensor, begin: int, end: int, margin: int) -> torch.Tensor:
+        H, W = x.shape[2:]
+        return x[:, begin:end, margin : H - margin, margin : W - margin]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, int, int, int], output: torch.Tensor) -> None:
+        x, begin, end, margin = inputs
+        ctx.pads = (margin, margin, margin, margin, begin, x.shape[1] - end)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return F.pad(grad, ctx.pads), None, None, None
 
 
 def split_channels(channels: int, global_ratio: float) -> int:
@@ -471,4 +533,4 @@ def _with_map(
 
 
 def _reflecting(channels: int, out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, out, 3, padding=1, bias=False, padding_mode="reflect")
+    return ReflectConv(channels, out, 3, bias=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from gi_model import configs
@@ -19,7 +20,16 @@ from gi_model.errors import InputError
 from gi_model.generator import TwoStreamGenerator
 from gi_model.published import export_published, load_published
 from gi_model.references import References
-from gi_model.streams import FourierBlock, PositionCode, ResidualConv, TwoStreamBlock, position_code
+from gi_model.streams import (
+    FourierBlock,
+    PositionCode,
+    ReflectConv,
+    ResidualConv,
+    TwoStreamBlock,
+    crop,
+    position_code,
+    reflect,
+)
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = load_file(FOLDER / "operators.safetensors") | load_file(FOLDER / "generators.safetensors")
@@ -160,6 +170,50 @@ def test_position_code_and_latents(case, size):
     )
     state = (generator.latents, *generator._encode(torch.rand(2, 4, 16, 16))[1])
     assert all(torch.equal(state[0], latents) for latents in state[1:]), "expanded over the batch"
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("margin", [0, 1, 3])
+def test_reflect(margin, memory_format):
+    """``F.pad``, in the layout of the map, which is not kept; so is the gradient."""
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64).contiguous(memory_format=memory_format)
+    x.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = reflect(x, margin)
+    assert not kept
+    assert torch.equal(out, F.pad(x, (margin,) * 4, mode="reflect"))
+    assert out.is_contiguous(memory_format=memory_format)
+    (grad,) = torch.autograd.grad(out, x, torch.randn_like(out), retain_graph=True)
+    assert grad.is_contiguous(memory_format=memory_format)
+    assert torch.autograd.gradcheck(lambda x: reflect(x, margin), x)
+    assert torch.autograd.gradgradcheck(lambda x: reflect(x, margin) ** 3, x)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("margin", [0, 1])
+def test_crop(margin, memory_format):
+    """Indexing, but the gradient keeps the layout."""
+    x = torch.randn(2, 5, 4, 6, dtype=torch.float64).contiguous(memory_format=memory_format)
+    x.requires_grad_()
+    out = crop(x, 1, 4, margin)
+    assert torch.equal(out, x[:, 1:4, margin : 4 - margin, margin : 6 - margin])
+    assert out.data_ptr() == x[:, 1:, margin:, margin:].data_ptr()
+    incoming = torch.randn(out.shape).double().contiguous(memory_format=memory_format)
+    (grad,) = torch.autograd.grad(out, x, incoming)
+    assert grad.is_contiguous(memory_format=memory_format)
+    assert torch.autograd.gradcheck(lambda x: crop(x, 1, 4, margin), x)
+
+
+@pytest.mark.parametrize("padding", [1, 3])
+def test_reflecting_convolution(padding):
+    """As PyTorch's, by value and state."""
+    size = 2 * padding + 1
+    conv = ReflectConv(4, 6, size, stride=2, groups=2)
+    plain = torch.nn.Conv2d(4, 6, size, 2, padding, groups=2, padding_mode="reflect")
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 4, 8, 9)
+    assert torch.allclose(conv(x), plain(x), atol=1e-6)
 
 
 def test_fourier_block():

@@ -21,7 +21,16 @@ from gi_kernels.testing.published import (
     PublishedWindowWrite,
 )
 from gi_model.generator import TwoStreamGenerator
-from gi_model.streams import FourierConv, FourierUnit, PositionCode, TwoStreamBlock
+from gi_model.streams import (
+    ConvNormRelu,
+    FourierConv,
+    FourierUnit,
+    PositionCode,
+    ReflectConv,
+    SpectralTransform,
+    TwoStreamBlock,
+    UpNormRelu,
+)
 
 
 def published_generator(generator: TwoStreamGenerator) -> TwoStreamGenerator:
@@ -58,6 +67,22 @@ class _Aggregation(DeformableAggregation):
         return self(features, keys, flows, errors)
 
 
+class _ConvNormRelu(ConvNormRelu):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.norm(self.conv(x)), inplace=True)
+
+
+class _UpNormRelu(UpNormRelu):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.norm(self.conv(x)), inplace=True)
+
+
+class _SpectralTransform(SpectralTransform):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.norm(self.reduce(x)), inplace=True)
+        return self.expand(y + self.fourier(y))
+
+
 class _FourierConv(FourierConv):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         local, whole = x[:, : self.split[0]], x[:, self.split[0] :]
@@ -90,8 +115,12 @@ class _PositionCode(PositionCode):
 
 
 _STYLES: dict[type, type] = {
+    ConvNormRelu: _ConvNormRelu,
     DeformableAggregation: _Aggregation,
     FourierConv: _FourierConv,
     FourierUnit: _FourierUnit,
     PositionCode: _PositionCode,
+    ReflectConv: nn.Conv2d,
+    SpectralTransform: _SpectralTransform,
+    UpNormRelu: _UpNormRelu,
 }
