@@ -316,7 +316,7 @@ class WindowWrite(nn.Module):
         values = values.unflatten(2, (self.heads, -1)).unflatten(1, (side, 1, side, 1))
         read = gates[..., None] * values  # [B,window,y,window,x,h,j]: channels-last
         read = read.flatten(5).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-        return self.projection(self.ln1(resize(read, original)))
+        return self.projection(batch_norm(resize(read, original), self.ln1))
 
     def _add_mlp(self, z: torch.Tensor, constant: torch.Tensor | None) -> torch.Tensor:
         """z + MLP(BN(z)), the constant being added to z first; overwrites ``z``."""

@@ -1,5 +1,6 @@
 #include "batch_norm/kernel.h"
 #include "common/binding.h"
+#include "common/rows.h"
 
 namespace gi {
 namespace {

@@ -1,8 +1,6 @@
 // The torch side of a kernel: turning tensors into arrays and running pieces of work in parallel.
 #pragma once
 
-#include <initializer_list>
-
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -37,16 +35,6 @@ inline Array array_of(const at::Tensor& t) {
     a.stride[i] = t.stride(i);
   }
   return a;
-}
-
-// Makes the rows of maps [B,C,H,W] one long row where they follow each other without a gap in all of them.
-inline void join_rows(std::initializer_list<Array*> maps) {
-  for (const Array* map : maps)
-    if (map->stride[2] != map->size[3] * map->stride[3]) return;
-  for (Array* map : maps) {
-    map->size[3] *= map->size[2];
-    map->size[2] = 1;
-  }
 }
 
 // An uninitialised gradient with the layout of `t`, or contiguous; with no element where none is

@@ -1,4 +1,5 @@
 #include "common/binding.h"
+#include "common/rows.h"
 #include "relayout/kernel.h"
 
 namespace gi {

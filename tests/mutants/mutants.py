@@ -415,7 +415,7 @@ MUTANTS = (
     # ---- relayout ----
     Mutant(
         "rows joined although one of the maps has gaps between them",
-        "common/binding.h",
+        "common/rows.h",
         "for (const Array* map : maps)\n    if",
         "for (const Array* map : {*(maps.end() - 1)})\n    if",
         "copy",
