@@ -112,7 +112,9 @@ def test_agrees(kernel, dtype, shape, arrange, incoming, relu):
         scale = max(magnitude(wanted), 1e-30)
         # What may cancel is judged by its terms.
         if what == "gradient of x":
-            scale = max(scale, magnitude(grad.double()) * float((norm.weight.detach().double() / deviation).max()))
+            scale = max(
+                scale, magnitude(grad.double()) * float((norm.weight.detach().double() / deviation).max())
+            )
         elif what == "of weight":
             scale = max(scale, float(grad.double().abs().sum((0, 2, 3)).max()))
         if dtype in TOLERANCE:
