@@ -2,7 +2,7 @@
 // The same source serves SSE2, AVX2, AVX-512 and NEON.
 #pragma once
 
-#include "common/platform.h"
+#include "common/numbers.h"
 
 #if defined(__AVX512F__)
 #define GI_VECTOR_BYTES 64
@@ -37,14 +37,6 @@ template <class A> constexpr int kLanes = GI_VECTOR_BYTES / sizeof(A);
 
 typedef uint16_t HalfBits __attribute__((vector_size(GI_VECTOR_BYTES / 2)));
 typedef uint32_t WordBits __attribute__((vector_size(GI_VECTOR_BYTES)));
-
-template <class To, class From>
-GI_HOST_DEVICE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
 
 template <class A> GI_HOST_DEVICE Vec<A> splat(A value) { return Vec<A>{} + value; }
 
@@ -94,35 +86,6 @@ template <class A> GI_HOST_DEVICE void store(bf16* p, const Vec<float>& v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-GI_HOST_DEVICE float scalar_from_half(uint16_t h) {
-#if defined(__FLT16_MAX__)
-  return static_cast<float>(bit_cast<_Float16>(h));
-#else
-  // Scale by 2^112 moves the exponent; infinities and NaN need the full exponent.
-  const uint32_t sign = uint32_t(h & 0x8000u) << 16, rest = uint32_t(h & 0x7fffu) << 13;
-  float f = bit_cast<float>(rest) * 0x1p112f;
-  if ((h & 0x7c00u) == 0x7c00u) f = bit_cast<float>(rest | 0x7f800000u);
-  return bit_cast<float>(bit_cast<uint32_t>(f) | sign);
-#endif
-}
-
-GI_HOST_DEVICE uint16_t scalar_to_half(float f) {
-#if defined(__FLT16_MAX__)
-  return bit_cast<uint16_t>(static_cast<_Float16>(f));
-#else
-  const uint32_t u = bit_cast<uint32_t>(f);
-  const uint16_t sign = uint16_t((u >> 16) & 0x8000u);
-  const uint32_t a = u & 0x7fffffffu;
-  if (a > 0x7f800000u) return sign | 0x7e00u;
-  if (a >= 0x477ff000u) return sign | 0x7c00u;
-  if (a < 0x38800000u) {  // subnormal: adding 0.5 aligns the mantissa and rounds to even
-    const float r = bit_cast<float>(a) + 0.5f;
-    return sign | uint16_t(bit_cast<uint32_t>(r) - 0x3f000000u);
-  }
-  return sign | uint16_t((a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13);
-#endif
-}
-
 template <class A> GI_HOST_DEVICE Vec<A> load(const f16* p) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)p));
@@ -145,27 +108,6 @@ template <class A> GI_HOST_DEVICE void store(f16* p, const Vec<float>& v) {
   for (int i = 0; i < kLanes<float>; ++i) p[i].bits = scalar_to_half(v[i]);
 #endif
 }
-
-// ---- single numbers ----
-
-GI_HOST_DEVICE float to_accumulate(float v) { return v; }
-GI_HOST_DEVICE double to_accumulate(double v) { return v; }
-GI_HOST_DEVICE float to_accumulate(bf16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
-GI_HOST_DEVICE float to_accumulate(f16 v) { return scalar_from_half(v.bits); }
-
-template <class T> struct Rounded;
-template <> struct Rounded<float> { static GI_HOST_DEVICE float from(float v) { return v; } };
-template <> struct Rounded<double> { static GI_HOST_DEVICE double from(double v) { return v; } };
-template <> struct Rounded<f16> {
-  static GI_HOST_DEVICE f16 from(float v) { return {scalar_to_half(v)}; }
-};
-template <> struct Rounded<bf16> {
-  static GI_HOST_DEVICE bf16 from(float v) {
-    const uint32_t u = bit_cast<uint32_t>(v);
-    if (v != v) return {0x7fc0};
-    return {uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
-  }
-};
 
 // ---- arithmetic ----
 

@@ -128,15 +128,4 @@ inline void unstage(const A* slab, i64 slab_stride, i64 channels, i64 y0, i64 y1
     unstage_row<A, T>(slab, slab_stride, channels, width, map.data + y * map.sy, map.sc, map.sx);
 }
 
-// Calls f with a value of the array's element type, for template dispatch.
-template <class F>
-inline void with_dtype(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::f32: f(float{}); break;
-    case Dtype::f64: f(double{}); break;
-    case Dtype::bf16: f(bf16{}); break;
-    case Dtype::f16: f(f16{}); break;
-  }
-}
-
 GI_END_VARIANT
