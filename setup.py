@@ -3,7 +3,9 @@
 Environment variables:
     GI_KERNELS_CPP   1 requires the C++ kernels, 0 leaves them out; by default they are built where
                      there is a compiler, and left out with a note where there is none.
-    GI_KERNELS_CUDA  1 requires CUDA kernels, 0 leaves them out.
+    GI_KERNELS_CUDA  1 requires CUDA kernels, 0 leaves them out; by default they are built where there
+                     are nvcc and a torch with CUDA of one major version.
+    GI_KERNELS_EMULATE_CUDA=1  lets loops over the CUDA kernels' bodies serve the CPU: for tests.
     GI_KERNELS_SANITIZE=1  builds with the address and undefined-behaviour sanitizers.
     GI_KERNELS_PORTABLE=1  builds no variants for newer instruction sets.
     MAX_JOBS         parallel compilations; by default limited by cores and memory.
@@ -65,16 +67,15 @@ class BuildKernels(build_ext):
     """Runs CMake; a failure leaves a note for the doctor unless the kernels were required."""
 
     def run(self) -> None:
-        if os.environ.get("GI_KERNELS_CUDA") == "1":
-            raise SystemExit("gi-kernels: GI_KERNELS_CUDA=1, but no CUDA kernels are part of this version")
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         note = target / "gi_kernels" / "build_failure.txt"
         note.unlink(missing_ok=True)
         try:
             self.build(target)
         except RefusedError as reason:
-            if os.environ.get("GI_KERNELS_CPP") == "1":
-                raise SystemExit(f"gi-kernels: GI_KERNELS_CPP=1, but {reason}") from None
+            for required in ("GI_KERNELS_CUDA", "GI_KERNELS_CPP"):
+                if os.environ.get(required) == "1":
+                    raise SystemExit(f"gi-kernels: {required}=1, but {reason}") from None
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(f"{reason}\n")
             print(f"gi-kernels: installing without C++ kernels: {reason}", file=sys.stderr)
@@ -102,7 +103,8 @@ class BuildKernels(build_ext):
         except ImportError:
             raise RefusedError("pybind11 was not found") from None
 
-        kind = ("sanitize" if sanitize() else "release") + ("_portable" if portable() else "")
+        kind = "sanitize" if flag("SANITIZE") else "release"
+        kind += ("_portable" if flag("PORTABLE") else "") + ("_emulate" if flag("EMULATE_CUDA") else "")
         work = Path(self.build_temp).resolve() / kind
         configure = [
             cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
@@ -112,19 +114,32 @@ class BuildKernels(build_ext):
             f"-DGI_PYTHON={sys.executable}",
             f"-DGI_TORCH={torch}",
             f"-DGI_PYBIND11_INCLUDE={pybind11.get_include()}",
-            f"-DGI_SANITIZE={'ON' if sanitize() else 'OFF'}",
-            f"-DGI_PORTABLE_ONLY={'ON' if portable() else 'OFF'}",
+            f"-DGI_SANITIZE={'ON' if flag('SANITIZE') else 'OFF'}",
+            f"-DGI_PORTABLE_ONLY={'ON' if flag('PORTABLE') else 'OFF'}",
+            f"-DGI_EMULATE_CUDA={'ON' if flag('EMULATE_CUDA') else 'OFF'}",
             "-DGI_TESTS=OFF",
         ]  # fmt: skip
-        for command in (
-            configure,
-            [cmake, "--build", str(work), "-j", str(jobs())],
-            [cmake, "--install", str(work)],
-        ):
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            print(done.stdout)
-            if done.returncode:
-                raise RefusedError(f"`{' '.join(command[:2])} ...` failed: {last_error(done.stdout)}")
+        cuda = {"1": "ON", "0": "OFF"}.get(os.environ.get("GI_KERNELS_CUDA", ""), "AUTO")
+        left_out = work / "cuda_left_out.txt"
+        left_out.unlink(missing_ok=True)
+        try:
+            run([*configure, f"-DGI_CUDA={cuda}", "-DGI_CUDA_OFF_REASON=GI_KERNELS_CUDA=0 left them out"])
+        except RefusedError:
+            if cuda == "ON" and left_out.exists() and left_out.read_text():
+                raise RefusedError(left_out.read_text()) from None
+            raise
+        compile_all = [cmake, "--build", str(work), "-j", str(jobs())]
+        try:
+            run(compile_all)
+        except RefusedError as reason:
+            if cuda != "AUTO" or not left_out.exists() or left_out.read_text():
+                raise
+            # The CPU kernels are not to be lost with those for CUDA.
+            print(f"gi-kernels: building without CUDA kernels: {reason}", file=sys.stderr)
+            why = re.sub(r"[^-\w .,:/'()]", "", f"they could not be compiled: {reason}")
+            run([*configure, "-DGI_CUDA=OFF", f"-DGI_CUDA_OFF_REASON={why}"])
+            run(compile_all)
+        run([cmake, "--install", str(work)])
 
 
 class RefusedError(Exception):
@@ -138,14 +153,17 @@ class BinaryDistribution(Distribution):
         return True
 
 
-def sanitize() -> bool:
-    """Whether a sanitizer build is asked for."""
-    return os.environ.get("GI_KERNELS_SANITIZE") == "1"
+def flag(name: str) -> bool:
+    """Whether ``GI_KERNELS_name=1``."""
+    return os.environ.get(f"GI_KERNELS_{name}") == "1"
 
 
-def portable() -> bool:
-    """Whether only the portable variant is asked for."""
-    return os.environ.get("GI_KERNELS_PORTABLE") == "1"
+def run(command: list[str]) -> None:
+    """Run and print a command of the build; ``RefusedError`` with what it says where it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout)
+    if done.returncode:
+        raise RefusedError(f"`{' '.join(command[:2])} ...` failed: {last_error(done.stdout)}")
 
 
 def last_error(output: str) -> str:

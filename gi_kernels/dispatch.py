@@ -20,6 +20,14 @@ from gi_kernels.precision import accumulation_dtype
 #: In order of preference; ``reference`` runs everywhere.
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 
+#: Operators that have CUDA kernels, csrc/*/cuda.cu.
+CUDA = frozenset(
+    {
+        *("complete_flow", "convex_upsample", "correlation_lookup", "correlation_lookup_on_demand"),
+        *("deformable_aggregation", "flow_consistency", "flow_warp", "window_pool", "window_spread"),
+    }
+)
+
 OPERATORS: dict[str, Operator] = {}
 
 
@@ -28,13 +36,16 @@ class Operator:
     """One operator and its implementations, by backend name. All take the same arguments.
 
     ``reference`` computes in the dtype of its arguments; it is called with accumulation dtypes
-    and its result is rounded to the storage dtype, that of the first tensor argument.
+    and its result is rounded to the storage dtype, that of the first tensor argument. ``cuda`` comes
+    with ``cpp``: both are kernels of one torch operator, which goes by the tensors' device.
     """
 
     name: str
     implementations: dict[str, Callable[..., Any]]
 
     def __post_init__(self) -> None:
+        if self.name in CUDA:
+            self.implementations.setdefault("cuda", self.implementations["cpp"])
         OPERATORS[self.name] = self
 
 

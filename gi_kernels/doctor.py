@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,10 +99,18 @@ def _built() -> list[tuple[str, str]]:
         ("python", receipt.get("python", "not recorded")),
         ("compiler", receipt["compiler"]),
         ("variants", receipt["variants"]),
-        ("CUDA", receipt["cuda"] or f"left out: {receipt['cuda_reason']}"),
+        ("CUDA", _cuda_kernels(receipt)),
         ("date", receipt["date"]),
     ]
     return rows
+
+
+def _cuda_kernels(receipt: dict[str, Any]) -> str:
+    cuda = receipt["cuda"]
+    if not cuda:
+        return f"left out: {receipt['cuda_reason']}"
+    architectures = f"sm_{', sm_'.join(cuda['architectures'].split())}"
+    return f"{len(cuda['operators'])} operators by nvcc {cuda['version']} for {architectures}"
 
 
 def _running() -> list[tuple[str, str]]:
@@ -134,6 +143,8 @@ def _judge_kernels(report: Report) -> None:
     if native.PROBLEM is None:
         if receipt["sanitize"]:
             report.notes.append("this build checks every memory access and is slow")
+        if receipt.get("emulate"):
+            report.notes.append("this build runs CUDA kernels on the CPU, thread by thread: for tests")
         return
     if receipt["built"]:
         report.problems.append(Problem(native.PROBLEM, REINSTALL))
@@ -161,6 +172,15 @@ def _mend_build(reason: str) -> str:
     return f"{REINSTALL}  (this folder holds sources that were never built)"
 
 
+def _mend_cuda(reason: str) -> str:
+    """The command that gets CUDA kernels built where ``reason`` left them out."""
+    if "has no CUDA" in reason:
+        return f"install a torch with CUDA (pytorch.org), then {REINSTALL}"
+    if "nvcc" in reason and "failed" not in reason:
+        return f"install the CUDA toolkit {torch.version.cuda} with nvcc on the PATH, then {REINSTALL}"
+    return f"GI_KERNELS_CUDA=1 {REINSTALL}  (says what is in the way)"
+
+
 def _judge_torch(report: Report) -> None:
     found = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if found and not TORCH_FROM <= (int(found[1]), int(found[2])) < TORCH_BELOW:
@@ -180,7 +200,8 @@ def _judge_environment(report: Report) -> None:
     if backend != "auto":
         report.notes.append(f"GI_KERNELS_BACKEND={backend} fixes the backend")
     if torch.cuda.is_available() and native.RECEIPT["built"] and not native.RECEIPT["cuda"]:
-        report.notes.append("tensors on the GPU are served by the reference: built without CUDA")
+        reason = native.RECEIPT["cuda_reason"]
+        report.notes.append(f"there are no CUDA kernels: {reason}; to have them: {_mend_cuda(reason)}")
 
 
 def _try_operators(report: Report) -> None:

@@ -151,10 +151,39 @@ def test_kernels_are_left_out(tmp_path: Path) -> None:
     assert "note: the kernels were left out on request" in doctor(site, expect=0)
 
 
-@pytest.mark.parametrize("cpp", ["", "0"])
-def test_cuda_is_required(tmp_path: Path, cpp: str) -> None:
-    text = build(tmp_path / "site", expect=1, GI_KERNELS_CUDA="1", GI_KERNELS_CPP=cpp)
-    assert "GI_KERNELS_CUDA=1, but no CUDA kernels are part of this version" in text
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_cuda_is_required_of_a_torch_without(tmp_path: Path) -> None:
+    text = build(tmp_path / "site", expect=1, GI_KERNELS_CUDA="1")
+    assert f"gi-kernels: GI_KERNELS_CUDA=1, but torch {torch.__version__} has no CUDA" in text
+
+
+def test_cuda_is_required_without_kernels(tmp_path: Path) -> None:
+    text = build(tmp_path / "site", expect=1, GI_KERNELS_CUDA="1", GI_KERNELS_CPP="0")
+    assert "gi-kernels: GI_KERNELS_CUDA=1, but GI_KERNELS_CPP=0 left them out" in text
+
+
+# A torch as far as configuring looks at it, a compiler for CUDA as far as it is asked for its version.
+@pytest.mark.parametrize(
+    ("cuda", "asked", "reason"),
+    [
+        ("12.6", "AUTO", "is built for CUDA 12.6, but nvcc is of CUDA 13.0"),
+        ("12.6", "ON", "is built for CUDA 12.6, but nvcc is of CUDA 13.0"),
+        ("13.0", "OFF", "GI_KERNELS_CUDA=0 left them out"),
+        (None, "AUTO", "torch 2.12.0 has no CUDA"),
+        (None, "ON", "torch 2.12.0 has no CUDA"),
+    ],
+)
+def test_why_cuda_is_left_out(tmp_path: Path, cuda: str | None, asked: str, reason: str) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/version.py").write_text(f"__version__ = '2.12.0'\ncuda: Optional[str] = {cuda!r}\n")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", f"-DGI_PYTHON={sys.executable}"]
+    command += [f"-DGI_TORCH={tmp_path / 'torch'}", f"-DGI_CUDA={asked}", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    text = run(*command, "-DGI_PORTABLE_ONLY=ON", expect=1 if asked == "ON" else 0)
+    assert reason in (tmp_path / "build/cuda_left_out.txt").read_text()
+    assert f"CUDA kernels are {'required, but' if asked == 'ON' else 'left out'}" in " ".join(text.split())
 
 
 def test_torch_is_required_of_the_build_only_where_there_is_none(tmp_path: Path) -> None:

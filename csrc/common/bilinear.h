@@ -114,6 +114,13 @@ struct FlowField {
       : map(data, h, w, height_, width_), scale_x(A(width_) / A(w)), scale_y(A(height_) / A(h)),
         height(height_), width(width_) {}
 
+  // Of another frame, when the flows of all frames follow each other.
+  GI_HOST_DEVICE FlowField frame(i64 index) const {
+    FlowField other = *this;
+    other.map.data += index * 2 * map.h * map.w;
+    return other;
+  }
+
   // Where output pixel (y, x) samples.
   GI_HOST_DEVICE Taps<A> taps(int y, int x) const {
     A u = map.at(0, y, x), v = map.at(1, y, x);
