@@ -3,12 +3,12 @@
 #include <type_traits>
 
 #include "common/gather.h"
+#include "correlation_lookup/place.h"
 
 GI_BEGIN_VARIANT
 
-// The (2r+1)^2 samples of a window share one fractional part, so a window is a blend of a patch of
-// (2r+2)^2 whole pixels: first the patch is read, or computed, with zeros outside the map; then it is
-// blended separably.
+// First the patch of a window is read, or computed, with zeros outside the map; then it is blended
+// separably.
 
 // Pixels of a row that are one piece of work.
 constexpr i64 kRunPixels = 16;
@@ -33,35 +33,6 @@ template <class A> struct Shape {
         window(side * side) {}
   i64 patch() const { return n * stride; }
 };
-
-// Where a window lies in a level: patch pixel (j, i) is map pixel (y + j, x + i); those with j in
-// [j0, j1) and i in [i0, i1) are inside the map.
-template <class A> struct Place {
-  i64 x = 0, y = 0;
-  A fx = 0, fy = 0;
-  i64 i0 = 0, i1 = 0, j0 = 0, j1 = 0;
-
-  bool empty() const { return j0 >= j1 || i0 >= i1; }
-};
-
-template <class A>
-Place<A> place_of(A x, A y, const Shape<A>& shape, i64 height, i64 width) {
-  Place<A> p;
-  const A reach = A(shape.radius);
-  // Also true of positions that are not numbers. A sample is in reach from -1 up to the size.
-  if (!(x >= -1 - reach && x < A(width) + reach && y >= -1 - reach && y < A(height) + reach)) return p;
-  p.x = floor_of<i64>(x);
-  p.y = floor_of<i64>(y);
-  p.fx = x - A(p.x);
-  p.fy = y - A(p.y);
-  p.x -= shape.radius;
-  p.y -= shape.radius;
-  p.i0 = maximum<i64>(0, -p.x);
-  p.i1 = minimum(shape.n, width - p.x);
-  p.j0 = maximum<i64>(0, -p.y);
-  p.j1 = minimum(shape.n, height - p.y);
-  return p;
-}
 
 // Patch -> window: out[(x offset)*side + (y offset)]. Writes up to a vector beyond the window.
 // `turned` holds vectors^2 numbers.
@@ -163,9 +134,7 @@ template <class A> struct Run {
   i64 first(const LookupWindow& w) const { return (b * w.height + y) * w.width + x0; }
 
   Place<A> place(i64 pixel, int level, const Shape<A>& shape, i64 height, i64 width) const {
-    if (height * width == 0) return {};
-    const A scale = A(1) / A(i64(1) << level);
-    return place_of<A>(x[pixel] * scale, y_[pixel] * scale, shape, height, width);
+    return place_in_level<A>(x[pixel], y_[pixel], level, shape.radius, height, width);
   }
 };
 
