@@ -14,8 +14,8 @@ VALUES := tests/contract/test_values.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo install test lint types ctest unit fuzz variants sanitize sanitize-short mutants \
-        install-ladder bench readme doctor clean
+.PHONY: help demo install test lint types ctest unit fuzz variants emulate sanitize sanitize-short mutants \
+        install-ladder cuda-build cuda-record bench readme doctor clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -25,7 +25,7 @@ demo: EXTRAS = video
 demo: install  ## repair the bundled clip into demo-output/, time the two-stream generator
 	cd $(BIN) && ./python -m gi_model.demo -o $(CURDIR)/demo-output
 
-test: install lint types ctest unit variants sanitize-short  ## everything that must pass, in under 30 minutes
+test: install lint types ctest unit variants emulate sanitize-short  ## everything that must pass, in under 30 minutes
 	@echo "make test: passed"
 
 install: $(BIN)/python  ## this package into the virtual environment, torch first if it is not there
@@ -78,6 +78,23 @@ sanitize:  ## the contract suite under the sanitizers, every variant
 sanitize-short:  ## values and gradients under the sanitizers, portable variant
 	$(call build_sanitized,GI_KERNELS_PORTABLE=1)
 	$(UNDER_SANITIZERS) $(VALUES)
+
+# The bodies of the CUDA kernels in loops, in a copy of the package beside the installed one.
+EMULATED := $(CURDIR)/build/emulated
+EMULATED_OPERATORS := flow_warp or deformable or window or correlation or convex or complete or consistency
+build_emulated = rm -rf build/lib* $(EMULATED) && GI_KERNELS_EMULATE_CUDA=1 GI_KERNELS_PORTABLE=1 GI_KERNELS_CPP=1 \
+	$(1) $(BIN)/pip install --quiet --no-deps --target $(EMULATED) .
+
+emulate:  ## the contract suite on the CUDA kernels, run on the CPU thread by thread
+	$(call build_emulated,)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(EMULATED) GI_KERNELS_TEST_EMULATED=1 $(BIN)/pytest -p no:cacheprovider -q \
+	  --hypothesis-seed=0 tests/contract --ignore tests/contract/test_compilers.py -k "($(EMULATED_OPERATORS)) and cpp"
+
+cuda-build:  ## compile and link the CUDA kernels against a torch with CUDA, no GPU needed; registers and spills
+	$(BIN)/python csrc/tests/cuda_build.py
+
+cuda-record:  ## the same, and write down what they use
+	$(BIN)/python csrc/tests/cuda_build.py --record
 
 mutants: install  ## seeded faults in the kernels: each must be caught
 	$(BIN)/python tests/mutants/run.py

@@ -3,6 +3,7 @@
 Environment variables that `make` sets, so that a run cannot test something else unnoticed:
     GI_KERNELS_TEST_INSTALLED=1  the package must not be the source tree, its kernels must be loaded.
     GI_KERNELS_TEST_SANITIZED=1  the kernels must be built with sanitizers.
+    GI_KERNELS_TEST_EMULATED=1   the CUDA kernels must serve the CPU.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"not the installed package with its kernels: {package}; {native.PROBLEM}")
     if os.environ.get("GI_KERNELS_TEST_SANITIZED") == "1" and not native.RECEIPT.get("sanitize"):
         raise pytest.UsageError(f"not built with sanitizers: {package}")
+    if os.environ.get("GI_KERNELS_TEST_EMULATED") == "1" and not native.RECEIPT.get("emulate"):
+        raise pytest.UsageError(f"not built to emulate CUDA: {package}")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

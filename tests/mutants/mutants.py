@@ -1,4 +1,4 @@
-"""Seeded faults in the CPU kernels: each must be caught by the tests named with it.
+"""Seeded faults in the CPU and CUDA kernels: each must be caught by the tests named with it.
 
 A mutant replaces one piece of text, which must occur exactly once in its file.
 """
@@ -14,6 +14,7 @@ RUNTIME = "tests/contract/test_runtime.py"
 LAYOUT = "tests/test_layout.py"
 ATTENTION = "tests/test_attention.py"
 NORMS = "tests/test_norms.py"
+DEVICE_HEADERS = ("common/contributors.h", "common/device.h", "common/device_windows.h")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Mutant:
     new: str
     select: str
     tests: tuple[str, ...] = (VALUES,)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the fault is in code of the CUDA kernels."""
+        return self.file.endswith(("cuda.cu", "bind_cuda.cpp")) or self.file in DEVICE_HEADERS
 
 
 MUTANTS = (
@@ -393,9 +399,9 @@ MUTANTS = (
     # ---- correlation_lookup ----
     Mutant(
         "levels scaled by their number instead of its power of two",
-        "correlation_lookup/cpu.cpp",
-        "const A scale = A(1) / A(i64(1) << level);\n    return place_of",
-        "const A scale = A(1) / A(i64(1) + level);\n    return place_of",
+        "correlation_lookup/place.h",
+        "const A scale = A(1) / A(i64(1) << level);\n  return place_of",
+        "const A scale = A(1) / A(i64(1) + level);\n  return place_of",
         "correlation_lookup",
     ),
     Mutant(
@@ -407,7 +413,7 @@ MUTANTS = (
     ),
     Mutant(
         "first column of the map left out of the windows",
-        "correlation_lookup/cpu.cpp",
+        "correlation_lookup/place.h",
         "p.i0 = maximum<i64>(0, -p.x);",
         "p.i0 = maximum<i64>(0, 1 - p.x);",
         "correlation_lookup",
@@ -501,5 +507,127 @@ MUTANTS = (
         "(y > 0 ? y : splat<A>(0))",
         "nan",
         (NORMS,),
+    ),
+    # ---- CUDA kernels ----
+    Mutant(
+        "taps of a pixel taken from the wrong cells",
+        "common/contributors.h",
+        "start[k] = cell[(k & 2 ? 0 : width + 1) + (k & 1 ? 0 : 1)];",
+        "start[k] = cell[(k & 1 ? 0 : width + 1) + (k & 2 ? 0 : 1)];",
+        "flow_warp",
+    ),
+    Mutant(
+        "a list loses what was in it",
+        "common/contributors.h",
+        "const i64 next = exchange(cell, pixel);",
+        "exchange(cell, pixel);\n    const i64 next = kEnd;",
+        "flow_warp",
+    ),
+    Mutant(
+        "reach of a coarse pixel one short",
+        "common/contributors.h",
+        "last = (A(i) + 1) / axis.scale + 2;",
+        "last = (A(i) + 1) / axis.scale;",
+        "flow_warp",
+    ),
+    Mutant(
+        "gradient of the flow not scaled",
+        "common/contributors.h",
+        "(same ? A(1) : channel == 0 ? scale_x : scale_y)",
+        "(same ? A(1) : channel == 0 ? scale_y : scale_x)",
+        "flow_warp",
+    ),
+    Mutant(
+        "packs read where rows are not aligned",
+        "common/device.h",
+        "return a.stride[channel] == 1 && offsets % kPack<T> == 0;",
+        "return a.stride[channel] == 1;",
+        "flow_warp",
+        (LAYOUTS,),
+    ),
+    Mutant(
+        "lanes skip channels",
+        "flow_warp/cuda.cu",
+        "c += i64(team.lanes) * V) {\n      A here[V];",
+        "c += i64(team.lanes + 1) * V) {\n      A here[V];",
+        "flow_warp",
+    ),
+    Mutant(
+        "gradient along x written twice",
+        "flow_warp/cuda.cu",
+        "parts[(b * 2 + 1) * plane + pixel] = gy;",
+        "parts[(b * 2 + 1) * plane + pixel] = gx;",
+        "flow_warp",
+    ),
+    Mutant(
+        "softmax does not rescale what it has",
+        "deformable_aggregation/cuda.cu",
+        "sum[i] * old + now * s.value[i]",
+        "sum[i] + now * s.value[i]",
+        "deformable_aggregation",
+    ),
+    Mutant(
+        "infinite key taken for a large one",
+        "deformable_aggregation/cuda.cu",
+        "(total[i] + (top[i] - top[i]))",
+        "total[i]",
+        "deformable_aggregation",
+        (POSITIONS,),
+    ),
+    Mutant(
+        "last pixels of a strip lost",
+        "deformable_aggregation/cuda.cu",
+        "pixel < minimum(pixels, (strip + 1) * kStrip)",
+        "pixel < minimum(pixels - 1, (strip + 1) * kStrip)",
+        "deformable_aggregation",
+    ),
+    Mutant(
+        "softmax over a window not divided",
+        "common/device_windows.h",
+        "const A scale = 1 / sum[0];",
+        "const A scale = 1;",
+        "window_pool",
+    ),
+    Mutant(
+        "heads of the last group are the first's",
+        "common/device_windows.h",
+        "write(out.at(b, window, head + m, c), row);",
+        "write(out.at(b, window, m, c), row);",
+        "window_pool",
+    ),
+    Mutant(
+        "row of the patch one off",
+        "correlation_lookup/cuda.cu",
+        "[(y - j + lookup.n - 1) * lists.columns + x - i + lookup.n - 1]",
+        "[(y - j + lookup.n - 1) * lists.columns + x - i + lookup.n]",
+        "correlation_lookup",
+    ),
+    Mutant(
+        "volume's gradient only where a pack begins in the window",
+        "correlation_lookup/cuda.cu",
+        "const i64 last = x + V <= size.width ? y : size.height;",
+        "const i64 last = y;",
+        "correlation_lookup",
+    ),
+    Mutant(
+        "rim pixels of the lanes before forgotten",
+        "complete_flow/cuda.cu",
+        "wanted -= team.before(own);",
+        "team.before(own);",
+        "complete_flow",
+    ),
+    Mutant(
+        "mean of the upsampling weights' gradient left out",
+        "convex_upsample/cuda.cu",
+        "* from.value[1][k] - mean[v])",
+        "* from.value[1][k])",
+        "convex_upsample",
+    ),
+    Mutant(
+        "half of the consistency",
+        "flow_consistency/cuda.cu",
+        "Rounded<T>::from(sum / 2)",
+        "Rounded<T>::from(sum)",
+        "flow_consistency",
     ),
 )

@@ -3,7 +3,8 @@
     python tests/mutants/run.py [WORD ...]     only mutants with one of the words in name or file
 
 Prints the score. Exit code 1 when a mutant survives, does not apply or does not compile, or when the
-tests fail without any fault. One build folder, the portable variant only.
+tests fail without any fault. The portable variant only; faults in CUDA kernels are compiled into a build
+that runs these on the CPU.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ def main() -> int:
     chosen = [m for m in MUTANTS if not words or any(w in m.name or w in m.file for w in words)]
     started = time.monotonic()
     copy_tree()
-    failure = build() or baseline(chosen)
-    if failure:
-        print(f"Without a fault: {failure}")
-        return 1
     verdicts = []
-    for mutant in chosen:
-        verdict = judge(mutant)
-        print(f"{mutant.file}: {mutant.name}: {verdict}", flush=True)
-        verdicts.append(verdict)
+    for emulated in (False, True):
+        group = [m for m in chosen if m.emulated == emulated]
+        failure = group and (build(emulated) or baseline(group))
+        if failure:
+            print(f"Without a fault: {failure}")
+            return 1
+        for mutant in group:
+            verdict = judge(mutant)
+            print(f"{mutant.file}: {mutant.name}: {verdict}", flush=True)
+            verdicts.append(verdict)
     caught = sum(v.startswith("caught") for v in verdicts)
     print(f"\n{caught} of {len(chosen)} mutants caught in {time.monotonic() - started:.0f} s")
     return 0 if caught == len(chosen) else 1
@@ -54,7 +57,7 @@ def judge(mutant: Mutant) -> str:
         return "does not apply"
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
-        failure = build()
+        failure = build(mutant.emulated)
         return f"does not compile: {failure}" if failure else test(mutant.tests, mutant.select)
     finally:
         path.write_text(original)
@@ -89,14 +92,16 @@ def test(tests: tuple[str, ...], select: str) -> str:
     return "survived" if done.returncode == 0 else f"no verdict: {done.stdout[-500:]}{done.stderr[-500:]}"
 
 
-def build() -> str | None:
+def build(emulated: bool) -> str | None:
     """Compile the tree; the first error, or None."""
-    configure = ["cmake", "-S", TREE, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={TREE}"]
+    folder = BUILD / ("emulated" if emulated else "cpu")
+    configure = ["cmake", "-S", TREE, "-B", folder, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={TREE}"]
+    configure += [f"-DGI_EMULATE_CUDA={'ON' if emulated else 'OFF'}"]
     configure += [f"-DGI_PYTHON={sys.executable}", "-DGI_PORTABLE_ONLY=ON", "-DGI_TESTS=OFF"]
     configure += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1"]  # compiles faster
-    steps = [configure] if not (BUILD / "build.ninja").exists() else []
+    steps = [configure] if not (folder / "build.ninja").exists() else []
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-    for step in [*steps, ["cmake", "--build", BUILD, "-j", jobs], ["cmake", "--install", BUILD]]:
+    for step in [*steps, ["cmake", "--build", folder, "-j", jobs], ["cmake", "--install", folder]]:
         done = subprocess.run(step, capture_output=True, text=True)
         if done.returncode:
             lines = (done.stdout + done.stderr).splitlines()
