@@ -130,10 +130,13 @@ def _running() -> list[tuple[str, str]]:
     return rows
 
 
+def _devices() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 def _backends() -> list[tuple[str, str]]:
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return [
-        (name, "; ".join(f"{d}: {', '.join(dispatch.available_backends(name, d))}" for d in devices))
+        (name, "; ".join(f"{d}: {', '.join(dispatch.available_backends(name, d))}" for d in _devices()))
         for name in sorted(dispatch.OPERATORS)
     ]
 
@@ -205,25 +208,27 @@ def _judge_environment(report: Report) -> None:
 
 
 def _try_operators(report: Report) -> None:
-    """Run one small call of every operator on every backend of the CPU against the definition."""
+    """Run one small call of every operator on every backend and device against the definition."""
     from gi_kernels.spec import all_specs
     from gi_kernels.testing.calls import map_tensors
 
     for name, spec in all_specs().items():
         sample = spec.of_size("small")[0]
-        arguments = sample.make(torch.float32)
-        expected = spec.reference(**map_tensors(lambda _, t: t.double(), arguments))
-        for backend in dispatch.available_backends(sample.served_by or name):
-            try:
-                with dispatch.backend(backend):
-                    error = (spec.function(**arguments) - expected).abs().max().item()
-            except Exception as failure:  # whatever a broken build does is to be reported
-                error, why = float("inf"), f"raises {type(failure).__name__}: {failure}"
-            else:
-                why = f"is off by {error:.2g}"
-            allowed = spec.tolerance[torch.float32] * max(1.0, expected.abs().max().item()) * sample.condition
-            if not error <= allowed:
-                report.problems.append(Problem(f"{name} on {backend} {why}", REINSTALL))
+        expected = spec.reference(**map_tensors(lambda _, t: t.double(), sample.make(torch.float32)))
+        allowed = spec.tolerance[torch.float32] * max(1.0, expected.abs().max().item()) * sample.condition
+        for device in _devices():
+            arguments = sample.make(torch.float32, device)
+            for backend in dispatch.available_backends(sample.served_by or name, device):
+                try:
+                    with dispatch.backend(backend):
+                        error = (spec.function(**arguments).cpu() - expected).abs().max().item()
+                except Exception as failure:  # whatever a broken build does is to be reported
+                    error, why = float("inf"), f"raises {type(failure).__name__}: {failure}"
+                else:
+                    why = f"is off by {error:.2g}"
+                if not error <= allowed:
+                    where = "" if device == "cpu" else f" on {device}"
+                    report.problems.append(Problem(f"{name} on {backend}{where} {why}", REINSTALL))
 
 
 def _capability() -> str | None:

@@ -178,3 +178,18 @@ def test_doctor_mends_a_build_without_cuda(reason: str, mend: str, monkeypatch: 
     report = doctor.Report()
     doctor._judge_environment(report)
     assert any(f"no CUDA kernels: {reason}; to have them: {mend}" in note for note in report.notes)
+
+
+def test_doctor_tries_the_operators_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def available(operator: str, device: str) -> list[str]:
+        asked.append((operator, device))
+        return ["reference"]
+
+    monkeypatch.setattr(doctor, "_devices", lambda: ["cpu", "cpu:0"])
+    monkeypatch.setattr(dispatch, "available_backends", available)
+    report = doctor.Report()
+    doctor._try_operators(report)
+    assert report.healthy
+    assert {d for operator, d in asked if operator == "flow_warp"} == {"cpu", "cpu:0"}
