@@ -70,10 +70,13 @@ NOT_SANITIZED := --ignore tests/contract/test_compilers.py --deselect \
 build_sanitized = rm -rf build/lib* $(SANITIZED) && GI_KERNELS_SANITIZE=1 GI_KERNELS_CPP=1 \
 	$(1) $(BIN)/pip install --quiet --no-deps --target $(SANITIZED) .
 
-sanitize:  ## the contract suite under the sanitizers, every variant
+sanitize:  ## the contract suite under the sanitizers, every variant, and on the bodies of the CUDA kernels
 	$(call build_sanitized,)
 	$(UNDER_SANITIZERS) tests/contract $(NOT_SANITIZED)
 	for v in portable avx2 avx512; do GI_KERNELS_CPU_CAPABILITY=$$v $(UNDER_SANITIZERS) $(VALUES) tests/contract/test_layouts.py; done
+	$(call build_sanitized,GI_KERNELS_PORTABLE=1 GI_KERNELS_EMULATE_CUDA=1)
+	OMP_NUM_THREADS=1 GI_KERNELS_TEST_EMULATED=1 $(UNDER_SANITIZERS) $(VALUES) tests/contract/test_layouts.py \
+	  tests/contract/test_positions.py -k "($(EMULATED_OPERATORS)) and cpp"
 
 sanitize-short:  ## values and gradients under the sanitizers, portable variant
 	$(call build_sanitized,GI_KERNELS_PORTABLE=1)
