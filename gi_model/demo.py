@@ -24,8 +24,8 @@ CLIP = Path(__file__).parent / "assets" / "city.mp4"
 CLOSING = """
 Published: the published style in eager PyTorch, float32. Ours keeps what belongs to the references.
 Weights are random here: they take as long as trained ones, but what they paint is not worth a look.
-The published checkpoints would fill what no frame of a clip shows, which the first act had to leave to
-inpainting:
+With the published checkpoints the generator fills the mask, also what no frame of a clip shows, which
+without weights is left to inpainting:
   gi-model propagate VIDEO --masks MASKS -o OUT --checkpoint ours.ckpt --flow-checkpoint raft-things.pth
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def steps():
-    return Steps(batch=1, references=2, size=128, iterations=4)
+    return Steps(batch=1, references=2, size=128, iterations=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -46,12 +47,12 @@ def test_whole_benchmark_of_steps_is_collected():
             assert f"[step-{sample}-contiguous-{dtype}-forward]" in done.stdout
 
 
-def test_a_step_of_the_benchmark_runs(monkeypatch):
+def test_a_step_of_the_benchmark_runs(monkeypatch, steps):
     """A GPU's case, smaller, as far as a CPU can run it."""
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import bench_end_to_end as benchmark
 
-    monkeypatch.setattr(benchmark, "steps", lambda B, T, device: Steps(B, T, 128, device, iterations=4))
+    monkeypatch.setattr(benchmark, "steps", lambda B, T, device: steps)
     case = next(c for c in benchmark.CASES if (c.sample, c.dtype) == ("t2_256", "float32"))
     contest = case.build(case, torch.device("cpu"), True)
     assert list(contest.contenders) == ["ours", "published"]
@@ -60,13 +61,21 @@ def test_a_step_of_the_benchmark_runs(monkeypatch):
         assert contender.forward()().shape == (1, 3, 128, 128)
 
 
+def quick(steps):
+    """Times of calls that take a millisecond; the calls themselves are tested above."""
+    times = StepTimes(steps)
+    times.calls = {name: lambda: time.sleep(1e-3) for name in times.calls}
+    return times
+
+
 @pytest.mark.parametrize("low", [False, True])
-def test_table_of_times(monkeypatch, low):
+def test_table_of_times(monkeypatch, steps, low):
     monkeypatch.setattr(step_times, "gains_by_bfloat16", lambda: low)
-    times = StepTimes(Steps(1, 1, 128, iterations=2), rounds=1)
-    assert len(list(times)) == len(times) == 2 * 3 * (2 + low)
+    times = quick(steps)
+    assert len(list(times)) == len(times) == 4 * 3 * (2 + low)
+    assert all(len(seconds) == 3 for seconds in times.seconds.values())
     heading, empty, styles, *parts = str(times).splitlines()
-    assert heading.startswith("One step of 1 at 128 x 128 with 1 references") and not empty
+    assert heading.startswith("One step of 1 at 128 x 128 with 2 references") and not empty
     assert [s.strip() for s in styles.split("  ") if s.strip()] == [
         "published",
         "ours",
@@ -100,10 +109,9 @@ def test_an_interrupted_second_act_says_what_is_there(monkeypatch, tmp_path, cap
     assert f"demo: interrupted; the repaired clip is in {tmp_path}" in capsys.readouterr().err
 
 
-def test_the_demo_shows_the_table(monkeypatch, capsys):
-    monkeypatch.setattr(
-        step_times, "StepTimes", lambda steps: StepTimes(Steps(1, 1, 128, iterations=2), rounds=1)
-    )
+def test_the_demo_shows_the_table(monkeypatch, steps, capsys):
+    monkeypatch.setattr("gi_model.testing.steps.Steps", lambda references: steps)
+    monkeypatch.setattr(step_times, "StepTimes", quick)
     assert demo.show_times() == 0
     shown = capsys.readouterr().out
     assert "whole step" in shown and "--checkpoint ours.ckpt" in shown
