@@ -28,6 +28,7 @@ PUBLISHED: dict[str, Callable[..., torch.Tensor]] = {
     "deformable_aggregation": published.published_deformable_aggregation,
     "flow_consistency": published.published_flow_consistency,
     "flow_warp": published.published_flow_warp,
+    "fused_convolution": published.published_convolution,
     "global_attention": published.published_global_attention,
     "pixel_projection": published.published_pixel_projection,
     "projected_aggregation": published.published_projected_aggregation,
@@ -40,6 +41,7 @@ MAPS = {
     "convex_upsample": ("mask",),
     "deformable_aggregation": ("features", "keys", "values"),
     "flow_warp": ("input",),
+    "fused_convolution": ("inputs", "addend"),
     "pixel_projection": ("input",),
     "projected_aggregation": ("features", "references"),
     "window_pool": ("logits", "features"),
@@ -232,7 +234,8 @@ class _Operator:
     def __call__(self, case: Case, device: torch.device, compiled: bool) -> Contest:
         name, dtype = self.spec.name, DTYPES[case.dtype]
         plain = _arguments(self.sample, dtype, device)
-        ours = {k: _LAYOUTS[case.layout](v) if k in MAPS.get(name, ()) else v for k, v in plain.items()}
+        arrange, maps = _LAYOUTS[case.layout], MAPS.get(name, ())
+        ours = map_tensors(lambda path, t: arrange(t) if path.split("/")[0] in maps else t, plain)
         differentiable = self.spec.differentiable
         contenders = {
             "ours": Contender(self.spec.function, ours, differentiable),

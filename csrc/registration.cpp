@@ -11,6 +11,8 @@ TORCH_LIBRARY(gi, m) {
   m.def("pixel_projection_backward(Tensor grad, Tensor input, Tensor weight, bool need_input, bool need_weight) -> (Tensor, Tensor)");
   m.def("projected_aggregation(Tensor features, Tensor references, Tensor key_weight, Tensor value_weight, Tensor flows, Tensor errors, Tensor key_error_weight, Tensor value_error_weight, Tensor value_bias) -> Tensor");
   m.def("projected_aggregation_backward(Tensor grad, Tensor features, Tensor references, Tensor key_weight, Tensor value_weight, Tensor flows, Tensor errors, Tensor key_error_weight, Tensor value_error_weight, Tensor value_bias, bool need_references, bool need_weights, bool need_maps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("fused_convolution_pack(Tensor weight, Tensor? bias) -> Tensor");
+  m.def("fused_convolution(Tensor[] inputs, Tensor packed, int channels, int[2] kernel, Tensor? addend, int activation, bool reflect) -> Tensor");
   m.def("global_attention(Tensor query, Tensor[] keys, Tensor[] values) -> (Tensor, Tensor, Tensor)");
   m.def("global_attention_backward(Tensor grad, Tensor query, Tensor[] keys, Tensor[] values, Tensor output, Tensor remainder, Tensor log_sum) -> (Tensor, Tensor[], Tensor[])");
   m.def("flow_consistency(Tensor flow, Tensor flow_backward) -> Tensor");

@@ -11,6 +11,7 @@ from gi_kernels.ops.correlation_lookup import CorrelationPyramid, correlation_lo
 from gi_kernels.ops.deformable_aggregation import deformable_aggregation
 from gi_kernels.ops.flow_consistency import flow_consistency
 from gi_kernels.ops.flow_warp import flow_warp
+from gi_kernels.ops.fused_convolution import FusedConvolution, fused_convolution
 from gi_kernels.ops.global_attention import global_attention
 from gi_kernels.ops.pixel_projection import pixel_projection
 from gi_kernels.ops.projected_aggregation import projected_aggregation
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CorrelationPyramid",
+    "FusedConvolution",
     "accelerate",
     "available_backends",
     "backend",
@@ -34,6 +36,7 @@ __all__ = [
     "explain",
     "flow_consistency",
     "flow_warp",
+    "fused_convolution",
     "global_attention",
     "pixel_projection",
     "projected_aggregation",

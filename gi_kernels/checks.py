@@ -85,6 +85,12 @@ def positive(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
+def one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
+
+
 def tensor_sequence(name: str, value: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return a tensor, or a non-empty sequence of tensors, as a list."""
     if isinstance(value, torch.Tensor):

@@ -110,6 +110,8 @@ class OperatorSpec:
     autocast: bool = False
     #: Whether results on the way take the storage dtype too, which its rounding then limits.
     stores_intermediates: bool = False
+    #: How many pixels further than the definition says a number that is not finite may spread.
+    undefined_reach: int = 0
     #: Arguments that hold flows or coordinates, and the argument that each of them samples.
     positions: Mapping[str, str] = field(default_factory=dict)
     #: Largest error allowed against the float64 reference, relative to its largest magnitude.

@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "common/gather.h"
+#include "common/minimal_filter.h"
 
 using namespace gi;
 using namespace gi::portable;
@@ -90,9 +91,31 @@ static void test_staging() {
   expect(std::memcmp(map, back, sizeof map) == 0, "slab round trip");
 }
 
+template <int M, int K> static void test_minimal_filter() {
+  using F = MinimalFilter<M, K>;
+  using V = Vec<double>;
+  double d[F::size], g[K];
+  V values[F::size], taps[K], weights[F::size], results[M];
+  for (int i = 0; i < F::size; ++i) values[i] = splat<double>(d[i] = (i * i * 5 + 3 * i) % 11 - 4.5);
+  for (int k = 0; k < K; ++k) taps[k] = splat<double>(g[k] = (k * 7 % 5) - 1.25);
+  transform_input<F>(values);
+  transform_weight<F>(taps, weights);
+  for (int i = 0; i < F::size; ++i) values[i] *= weights[i];
+  transform_output<F>(values, results);
+  for (int m = 0; m < M; ++m) {
+    double direct = 0;
+    for (int k = 0; k < K; ++k) direct += d[m + k] * g[k];
+    expect(close(results[m][0], direct, 1e-12), "minimal filter");
+  }
+}
+
 int main() {
   test_taps();
   test_resize();
+  test_minimal_filter<1, 1>();
+  test_minimal_filter<4, 3>();
+  test_minimal_filter<4, 5>();
+  test_minimal_filter<8, 5>();
   test_exp();
   test_storage();
   test_staging();

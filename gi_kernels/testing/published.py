@@ -83,6 +83,25 @@ def published_pixel_projection(input: torch.Tensor, weight: torch.Tensor) -> tor
     return F.conv2d(input, weight[..., None, None])
 
 
+def published_convolution(
+    inputs: list[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    activation: str,
+    padding: str,
+) -> torch.Tensor:
+    """Maps [N,C_i,H,W] -> [N,O,H,W]: joined, convolved, summed, activated."""
+    down, across = weight.shape[2] // 2, weight.shape[3] // 2
+    x = torch.cat(inputs, dim=1)
+    if padding == "reflect":
+        out = F.conv2d(F.pad(x, (across, across, down, down), mode="reflect"), weight, bias)
+    else:
+        out = F.conv2d(x, weight, bias, padding=(down, across))
+    out = out if addend is None else out + addend
+    return out if activation == "none" else getattr(torch, activation)(out)
+
+
 def published_projected_aggregation(
     features: torch.Tensor,
     references: torch.Tensor,

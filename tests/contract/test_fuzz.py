@@ -113,6 +113,22 @@ def projected(draw) -> tuple[dict[str, Any], None]:
 
 
 @st.composite
+def convolution(draw) -> tuple[dict[str, Any], None]:
+    N, H, W = draw(st.integers(0, 3)), draw(sizes), draw(sizes)
+    maps, outputs = draw(st.lists(channels, min_size=1, max_size=4)), draw(channels)
+    h, w = draw(st.sampled_from([(3, 3), (1, 5), (5, 1)]))
+    reflects = h // 2 < H and w // 2 < W and draw(st.booleans())
+    return {
+        "inputs": [_tensor(N, c, H, W) for c in maps],
+        "weight": _tensor(outputs, sum(maps), h, w),
+        "bias": draw(st.sampled_from([None, _tensor(outputs)])),
+        "addend": draw(st.sampled_from([None, _tensor(N, outputs, H, W)])),
+        "activation": draw(st.sampled_from(["none", "relu", "sigmoid", "tanh"])),
+        "padding": "reflect" if reflects else "zeros",
+    }, None
+
+
+@st.composite
 def attention(draw) -> tuple[dict[str, Any], None]:
     B, h, N, d = draw(st.integers(0, 2)), draw(st.integers(1, 4)), draw(st.integers(1, 40)), draw(channels)
     lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any))
@@ -171,6 +187,7 @@ CALLS: dict[str, st.SearchStrategy] = {
     "deformable_aggregation": aggregation(),
     "pixel_projection": projection(),
     "projected_aggregation": projected(),
+    "fused_convolution": convolution(),
     "global_attention": attention(),
     "window_pool": windows(spread=False),
     "window_spread": windows(spread=True),
