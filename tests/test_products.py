@@ -170,3 +170,52 @@ def test_modules_are_pytorchs(way):
     maps = torch.randn(2, 6, 3, 5).contiguous(memory_format=torch.channels_last)
     assert isinstance(pointwise, torch.nn.Conv2d)
     assert_close([pointwise(maps)], [F.conv2d(maps, pointwise.weight, pointwise.bias)], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "shape, outputs, kernel, padding",
+    [
+        ((2, 5, 8, 6), 3, (3, 3), (1, 1)),
+        ((1, 16, 12, 10), 1, (7, 7), (0, 0)),
+        ((1, 4, 5, 9), 4, (2, 4), (0, 0)),
+        ((1, 4, 8, 8), 5, (3, 3), (1, 1)),  # too many outputs
+        ((1, 4, 7, 8), 2, (3, 3), (1, 1)),  # an odd row
+        ((0, 3, 4, 4), 2, (3, 3), (1, 1)),
+    ],
+    ids=str,
+)
+def test_narrow_convolution(shape, outputs, kernel, padding, dtype):
+    """With gradients PyTorch's own, without them the same numbers."""
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(size, dtype=torch.float64).to(dtype)
+        for size in (shape, (outputs, shape[1], *kernel), (outputs,))
+    ]
+
+    def narrow(*tensors):
+        return products.narrow_convolution(*tensors, padding)
+
+    def plain(*tensors):
+        return F.conv2d(*tensors, padding=padding)
+
+    expected = gradients(plain, tensors)
+    assert_close(gradients(narrow, tensors), expected, TOLERANCE[dtype])
+    with torch.no_grad():
+        assert_close([narrow(*tensors)], expected[:1], TOLERANCE[dtype])
+
+
+@torch.no_grad()
+def test_narrow_convolution_takes_pixels_together(monkeypatch):
+    strides = []
+
+    def record(x, weight, bias, stride, padding):
+        strides.append((stride, len(weight)))
+        return convolve(x, weight, bias, stride, padding)
+
+    convolve = F.conv2d
+    monkeypatch.setattr(F, "conv2d", record)
+    out = products.narrow_convolution(
+        torch.randn(1, 4, 8, 6), torch.randn(3, 4, 7, 7), torch.randn(3), (3, 3)
+    )
+    assert out.shape == (1, 3, 8, 6) and strides == [(2, 12)]
