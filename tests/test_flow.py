@@ -184,8 +184,18 @@ def test_kept_gates_are_the_published_recurrence(small):
     z, r = gated.update(both).sigmoid(), gated.reset(both).sigmoid()
     q = gated.candidate(torch.cat([r * hidden, x], dim=1)).tanh()
     share = gated.context_share(torch.float32)(context)
-    found = gated.ready(torch.float32)(hidden, motion, share)
+    found = gated.ready(torch.float32)(hidden, (motion,), share)
     torch.testing.assert_close(found, (1 - z) * hidden + z * q)
+
+
+@torch.no_grad()
+def test_fused_convolutions_agree_with_plain_ones(named, monkeypatch):
+    name, raft = named
+    found = raft(images(1), images(2), 5)
+    monkeypatch.setattr(gi_kernels.FusedConvolution, "pays", staticmethod(lambda weight: False))
+    expected = raft(images(1), images(2), 5)
+    assert not torch.equal(found, expected), "nothing was fused"
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

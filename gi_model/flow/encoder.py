@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from gi_kernels.ops.fused_convolution import Activation
 from gi_model.flow.layers import Convolution, convolution
 
 Norm = Literal["instance", "batch", "none"]
@@ -48,12 +49,12 @@ class Encoder(nn.Module):
 
     def ready(self, dtype: torch.dtype) -> Step:
         """The encoder with its weights in ``dtype``, for any number of images."""
-        stem = _step(self.stem, self.stem_norm, self.norm, dtype)
+        stem = _step(self.stem, self.stem_norm, self.norm, dtype, "relu")
         blocks = [block.ready(dtype) for block in self.blocks]
         head = Convolution.of(self.head, dtype)
 
         def encode(x: torch.Tensor) -> torch.Tensor:
-            x = stem(x).relu_()
+            x = stem(x)
             for block in blocks:
                 x = block(x)
             return head(x)
@@ -87,15 +88,15 @@ class _Block(nn.Module):
 
     def ready(self, dtype: torch.dtype) -> Step:
         """The block with its weights in ``dtype``."""
-        steps = [_step(c, n, self.norm, dtype) for c, n in zip(self.convs, self.norms, strict=True)]
+        steps = [_step(c, n, self.norm, dtype, "relu") for c, n in zip(self.convs, self.norms, strict=True)]
         shortcut = None
         if self.shortcut is not None:
-            shortcut = _step(self.shortcut, self.shortcut_norm, self.norm, dtype)
+            shortcut = _step(self.shortcut, self.shortcut_norm, self.norm, dtype, "none")
 
         def block(x: torch.Tensor) -> torch.Tensor:
             y = x
             for step in steps:
-                y = step(y).relu_()
+                y = step(y)
             return (y + (x if shortcut is None else shortcut(x))).relu_()
 
         return block
@@ -125,11 +126,18 @@ def _norm(norm: Norm, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
 
-def _step(layer: nn.Conv2d, norm_layer: nn.Module, norm: Norm, dtype: torch.dtype) -> Step:
-    """Convolution and norm."""
+def _step(
+    layer: nn.Conv2d, norm_layer: nn.Module, norm: Norm, dtype: torch.dtype, activation: Activation
+) -> Step:
+    """Convolution, norm and activation."""
     apply = Convolution.of(layer, dtype, norm_layer)
     if norm != "instance":
-        return apply
-    # One group per channel is an instance norm, and several times faster on channels-last memory.
-    # Not the one of torch.nn.functional, which refuses single pixels.
-    return lambda x: torch.group_norm(apply(x), layer.out_channels)
+        return lambda x: apply(x, activation=activation)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        # One group per channel is an instance norm, and several times faster on channels-last memory.
+        # Not the one of torch.nn.functional, which refuses single pixels.
+        x = torch.group_norm(apply(x), layer.out_channels)
+        return x.relu_() if activation == "relu" else x
+
+    return step

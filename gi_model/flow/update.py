@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ class Update(nn.Module):
         def iterate(
             hidden: torch.Tensor, gates: torch.Tensor, correlation: torch.Tensor, flow: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            # Channels-last like all else: a mixture would be concatenated, and worked on, in another layout.
+            # Channels-last like all else: a mixture would be worked on in another layout.
             motion = encode_motion(correlation, flow.to(dtype, memory_format=torch.channels_last))
             for run, share in zip(passes, gates.chunk(len(passes), dim=1), strict=True):
                 hidden = run(hidden, motion, share)
@@ -116,18 +116,19 @@ class _MotionEncoder(nn.Module):
         self.flow2 = convolution(flow, flow // 2, 3)
         self.merge = convolution(seen + flow // 2, self.outputs - 2, 3)
 
-    def ready(self, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def ready(self, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]:
+        """The motion's channels, as maps that are side by side."""
         correlation1, flow1, flow2, merge = (
             Convolution.of(layer, dtype) for layer in (self.correlation1, self.flow1, self.flow2, self.merge)
         )
         correlation2 = None if self.correlation2 is None else Convolution.of(self.correlation2, dtype)
 
-        def encode(correlation: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-            seen = correlation1(correlation).relu_()
+        def encode(correlation: torch.Tensor, flow: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            seen = correlation1(correlation, activation="relu")
             if correlation2 is not None:
-                seen = correlation2(seen).relu_()
-            moved = flow2(flow1(flow).relu_()).relu_()
-            return torch.cat([merge(torch.cat([seen, moved], dim=1)).relu_(), flow], dim=1)
+                seen = correlation2(seen, activation="relu")
+            moved = flow2(flow1(flow, activation="relu"), activation="relu")
+            return merge(seen, moved, activation="relu"), flow
 
         return encode
 
@@ -150,20 +151,18 @@ class _GatedPass(nn.Module):
         layers = (self.update, self.reset, self.candidate)
         return Convolution.of_channels(layers, [self.shares["context"]], dtype, bias=True)
 
-    def ready(self, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    def ready(
+        self, dtype: torch.dtype
+    ) -> Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], torch.Tensor]:
         varying = [self.shares["hidden"], self.shares["motion"]]
         gates = Convolution.of_channels((self.update, self.reset), varying, dtype, bias=False)
         candidate = Convolution.of_channels((self.candidate,), varying, dtype, bias=False)
 
-        def run(hidden: torch.Tensor, motion: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        def run(hidden: torch.Tensor, motion: Sequence[torch.Tensor], share: torch.Tensor) -> torch.Tensor:
             of_gates, of_candidate = share.split([2 * self.hidden, self.hidden], dim=1)
-            inputs = torch.cat([hidden, motion], dim=1)
-            update, reset = gates(inputs).add_(of_gates).sigmoid_().chunk(2, dim=1)
-            if torch.is_grad_enabled():
-                inputs = torch.cat([reset * hidden, motion], dim=1)
-            else:  # the same numbers without writing the motion again
-                inputs[:, : self.hidden].mul_(reset)
-            new = candidate(inputs).add_(of_candidate).tanh_()
+            both = gates(hidden, *motion, addend=of_gates, activation="sigmoid")
+            update, reset = both.chunk(2, dim=1)
+            new = candidate(reset * hidden, *motion, addend=of_candidate, activation="tanh")
             return torch.lerp(hidden, new, update)
 
         return run
@@ -179,4 +178,4 @@ class _Head(nn.Module):
 
     def ready(self, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
         inner, outer = Convolution.of(self.inner, dtype), Convolution.of(self.outer, dtype)
-        return lambda x: outer(inner(x).relu_())
+        return lambda x: outer(inner(x, activation="relu"))
