@@ -14,6 +14,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -21,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gi_kernels import checks
+from gi_kernels import FusedConvolution, checks
 from gi_kernels.nn import KeysValues, LatentAttention, WindowRead, WindowWrite
 from gi_kernels.norms import batch_norm
+from gi_kernels.ops.fused_convolution import Activation
 from gi_kernels.precision import accumulation_dtype
+from gi_kernels.products import narrow_convolution
 from gi_model.graphs import hold
 from gi_model.published import Names, renamed
 
@@ -111,13 +114,85 @@ class FourierUnit(nn.Module):
         pixels = torch.fft.irfft2(spectrum, s=size, dim=(1, 2), norm="ortho")
         return pixels.permute(0, 3, 1, 2).to(x.dtype)
 
-    def folded(self) -> FourierUnit:
-        stand_in = copy.deepcopy(self)
-        stand_in.conv, stand_in.norm = fold_norm(self.conv, self.norm), nn.Identity()
-        return stand_in
+    def folded(self) -> nn.Module:
+        return FoldedFourierUnit(self)
 
     def published_names(self) -> Names:
         return renamed(self, {"conv": "conv_layer", "norm": "bn"})
+
+
+class FoldedFourierUnit(nn.Module):
+    """:class:`FourierUnit` in eval mode, without norm; of small maps the transforms are products.
+
+    A fast transform needs fewer operations but leaves its result in another layout, and short ones take
+    no longer as products with a matrix. The spectrum's real parts come first, its imaginary ones second.
+    """
+
+    LONGEST = 64  # rows or columns of a map that is transformed by products
+
+    def __init__(self, source: FourierUnit) -> None:
+        super().__init__()
+        self.conv = fold_norm(source.conv, source.norm)
+        channels = torch.arange(source.conv.in_channels).unflatten(0, (-1, 2)).t().flatten()
+        bias = self.conv.bias
+        assert bias is not None
+        self.conv.weight.data = self.conv.weight.data[channels][:, channels]
+        bias.data = bias.data[channels]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = accumulation_dtype(x.dtype)
+        pixels = x.to(dtype).permute(0, 2, 3, 1)
+        B, H, W, C = pixels.shape
+        V = W // 2 + 1
+        # Under autocast products would be rounded; GPUs transform short rows well.
+        short = x.is_cpu and max(H, W) <= self.LONGEST and not torch.is_autocast_enabled("cpu")
+        if short:
+            across, down, up, back = _fourier_matrices(H, W, dtype, x.device)
+            rows = torch.matmul(across, pixels)  # [B,H,2V,C]
+            spectrum = torch.matmul(down, rows.view(B, 2 * H, V * C)).view(B, 2, H, V, C)
+        else:
+            transformed = torch.fft.rfft2(pixels, dim=(1, 2), norm="ortho")
+            spectrum = torch.view_as_real(transformed).permute(0, 4, 1, 2, 3)
+        parts = spectrum.permute(0, 2, 3, 1, 4).reshape(B, H, V, 2 * C).permute(0, 3, 1, 2)
+        parts = F.relu(self.conv(parts.to(x.dtype)), inplace=True).to(dtype)
+        spectrum = parts.permute(0, 2, 3, 1).unflatten(3, (2, C)).permute(0, 3, 1, 2, 4)  # [B,2,H,V,C]
+        if short:
+            rows = torch.matmul(up, spectrum.reshape(B, 2 * H, V * C)).view(B, H, 2 * V, C)
+            pixels = torch.matmul(back, rows)
+        else:
+            numbers = torch.complex(spectrum[:, 0], spectrum[:, 1])
+            pixels = torch.fft.irfft2(numbers, s=(H, W), dim=(1, 2), norm="ortho")
+        return pixels.permute(0, 3, 1, 2).to(x.dtype)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept serves calls in any mode
+def _fourier_matrices(
+    height: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """The orthonormal real transform of a map [H,W] as products, and its inverse.
+
+    Along rows ``[2V,W]`` to the V = W/2 + 1 real parts and then the imaginary ones; along columns
+    ``[2H,2H]`` from rows times (real, imaginary) to (real, imaginary) times rows; and both back.
+    """
+
+    def waves(frequencies: int, length: int) -> torch.Tensor:
+        """Cosines and sines ``[2, frequencies, length]``."""
+        steps = torch.arange(frequencies)[:, None] * torch.arange(length) % length
+        angle = 2 * math.pi / length * steps.double()
+        return torch.stack([angle.cos(), angle.sin()]) / length**0.5
+
+    cosine, sine = waves(width // 2 + 1, width)
+    across = torch.cat([cosine, -sine])
+    twice = torch.full((width // 2 + 1, 1), 2.0)  # frequencies that stand for their negatives too
+    twice[0] = 1
+    if width % 2 == 0:
+        twice[-1] = 1
+    back = torch.cat([twice * cosine, -twice * sine]).t()
+    cosine, sine = waves(height, height)
+    down = torch.stack([torch.stack([cosine, sine], 2), torch.stack([-sine, cosine], 2)])  # [2,H,H,2]
+    down = down.flatten(2).flatten(0, 1)
+    return tuple(m.to(device, dtype).contiguous() for m in (across, down, down.t(), back))
 
 
 class SpectralTransform(nn.Module):
@@ -188,14 +263,46 @@ class FourierConv(nn.Module):
         )
 
 
+class FoldedReflectConv(ReflectConv):
+    """``activation(conv(x) + addend)``, 3x3; keeps what it makes of its weight.
+
+    For inference: the weight's numbers must not change any more.
+    """
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__(channels, out, 3, bias=False)
+        self.kept: FusedConvolution | None = None
+
+    def forward(
+        self, input: torch.Tensor, addend: torch.Tensor | None = None, activation: Activation = "none"
+    ) -> torch.Tensor:
+        fused = self._fused(input, addend) if input.stride(1) == 1 else None
+        if fused is not None:
+            return fused(input, addend=addend, activation=activation)
+        out = super().forward(input)
+        out = out if addend is None else out + addend
+        return out if activation == "none" else getattr(torch, activation)(out)
+
+    def _fused(self, *tensors: torch.Tensor | None) -> FusedConvolution | None:
+        """The kernel, where it serves the call and no gradient is asked for."""
+        tracked = any(t is not None and t.requires_grad for t in (*tensors, self.weight))
+        if (torch.is_grad_enabled() and tracked) or torch.compiler.is_compiling():
+            return None
+        if torch.is_autocast_enabled("cpu") or not FusedConvolution.pays(self.weight):
+            return None
+        if self.kept is None or self.kept.weight.dtype != self.weight.dtype:
+            bias = None if self.bias is None else self.bias.detach()
+            self.kept = FusedConvolution(self.weight.detach(), bias, "reflect")
+        return self.kept
+
+
 class FoldedFourierConv(nn.Module):
     """:class:`FourierConv` in eval mode: two spatial convolutions instead of three, and no norms."""
 
     def __init__(self, source: FourierConv) -> None:
         super().__init__()
         local, whole = self.split = source.split
-        to_local = nn.Conv2d(local + whole, local, 3, bias=False)
-        to_global = nn.Conv2d(local, whole, 3, bias=False)
+        to_local, to_global = FoldedReflectConv(local + whole, local), FoldedReflectConv(local, whole)
         to_local.weight = nn.Parameter(source.weight_to_local().detach())
         to_global.weight = source.local_to_global.weight
         self.to_local = fold_norm(to_local, source.local_norm)
@@ -208,10 +315,11 @@ class FoldedFourierConv(nn.Module):
         self.expand.bias = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        padded = reflect(x, 1)
         y = F.relu(self.reduce(x[:, self.split[0] :]), inplace=True)
-        whole = self.to_global(padded[:, : self.split[0]]) + self.expand(y + self.fourier(y))
-        return F.relu(torch.cat([self.to_local(padded), whole], dim=1), inplace=True)
+        spectral = self.expand(y + self.fourier(y))
+        local = self.to_local(x, activation="relu")
+        whole = self.to_global(x[:, : self.split[0]], addend=spectral, activation="relu")
+        return torch.cat([local, whole], dim=1)
 
 
 class FourierBlock(nn.Module):
@@ -399,7 +507,10 @@ class Decoder(nn.Module):
         self.out = ReflectConv(widths[0], out, 7)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.out(self.up(features)).sigmoid()
+        padded = reflect(self.up(features), 3)
+        bias = self.out.bias
+        assert bias is not None
+        return narrow_convolution(padded, self.out.weight, bias).sigmoid()
 
     def published_parts(self, start: int) -> dict[str, str]:
         """Published names by own part, the first transposed convolution being ``model.<start>``."""

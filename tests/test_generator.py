@@ -21,7 +21,9 @@ from gi_model.generator import TwoStreamGenerator
 from gi_model.published import export_published, load_published
 from gi_model.references import References
 from gi_model.streams import (
+    FoldedReflectConv,
     FourierBlock,
+    FourierUnit,
     PositionCode,
     ReflectConv,
     ResidualConv,
@@ -488,6 +490,38 @@ def test_the_copy_for_inference_agrees(name, channels_last):
     assert not any(p.requires_grad for p in fast.parameters())
     assert all(torch.equal(before[key], value) for key, value in generator.state_dict().items())
     assert torch.equal(generator(**SMALL_CALL), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (6, 1), (2, 66)], ids=str)
+def test_spectra_by_products_and_by_fast_transforms(size):
+    unit = FourierUnit(6).double().eval()
+    unit.norm.running_mean.normal_()
+    unit.norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    torch.testing.assert_close(unit.folded()(x), unit(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_reflecting_convolutions_follow_their_weights_dtype(dtype):
+    """Large enough for the kernel; cast after the kernel has seen the weight."""
+    conv = FoldedReflectConv(64, 64)
+    conv.bias = torch.nn.Parameter(torch.randn(64))
+    x, addend = (torch.randn(1, 64, 9, 6).to(memory_format=torch.channels_last) for _ in range(2))
+    expected = F.relu(F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), conv.weight, conv.bias) + addend)
+    torch.testing.assert_close(conv(x, addend, "relu"), expected, atol=1e-5, rtol=0)
+    found = conv.to(dtype)(x.to(dtype), addend.to(dtype), "relu")
+    assert found.dtype == dtype
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=0)
+
+
+def test_reflecting_convolutions_are_differentiable():
+    conv = FoldedReflectConv(64, 64).double()
+    x = torch.randn(1, 64, 4, 5, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    conv(x, activation="relu").sum().backward()
+    assert x.grad is not None and conv.weight.grad is not None and conv.kept is None
 
 
 @torch.no_grad()
