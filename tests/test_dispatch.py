@@ -227,10 +227,12 @@ def test_the_variant_that_was_asked_for_runs() -> None:
 
     wanted = os.environ.get("GI_KERNELS_CPU_CAPABILITY")
     assert wanted is None or _C.cpu_capability() == wanted
-    done = _python(
-        "from gi_kernels import _C; print(_C.cpu_capability())", GI_KERNELS_CPU_CAPABILITY="portable"
-    )
-    assert done.stdout.split() == ["portable"], done.stderr
+    variants = native.RECEIPT["variants"].split(", ")  # from the oldest on
+    for variant in variants[: variants.index(_C.cpu_capability()) + 1]:
+        done = _python(
+            "from gi_kernels import _C; print(_C.cpu_capability())", GI_KERNELS_CPU_CAPABILITY=variant
+        )
+        assert done.stdout.split() == [variant], done.stderr
 
 
 def _by_reference() -> torch.Tensor:

@@ -14,6 +14,7 @@ RUNTIME = "tests/contract/test_runtime.py"
 LAYOUT = "tests/test_layout.py"
 ATTENTION = "tests/test_attention.py"
 NORMS = "tests/test_norms.py"
+EMULATED = "emulated"
 DEVICE_HEADERS = ("common/contributors.h", "common/device.h", "common/device_windows.h")
 
 
@@ -27,11 +28,13 @@ class Mutant:
     new: str
     select: str
     tests: tuple[str, ...] = (VALUES,)
+    variant: str = "portable"  # of the kernels, as GI_KERNELS_CPU_CAPABILITY names it
 
     @property
-    def emulated(self) -> bool:
-        """Whether the fault is in code of the CUDA kernels."""
-        return self.file.endswith(("cuda.cu", "bind_cuda.cpp")) or self.file in DEVICE_HEADERS
+    def kernels(self) -> str:
+        """The kernels that have the fault: a variant, or CUDA kernels in loops on the CPU."""
+        of_cuda = self.file.endswith(("cuda.cu", "bind_cuda.cpp")) or self.file in DEVICE_HEADERS
+        return EMULATED if of_cuda else self.variant
 
 
 MUTANTS = (
@@ -305,15 +308,15 @@ MUTANTS = (
     Mutant(
         "sums not rescaled when a larger score is met",
         "global_attention/cpu.cpp",
-        "scale(sums, width, shrink);",
-        "scale(sums, width, A(1));",
+        "scale(state.sums + i * state.width, state.width, shrink);",
+        "scale(state.sums + i * state.width, state.width, A(1));",
         "global_attention",
     ),
     Mutant(
         "scores beyond the last key count as zero",
         "global_attention/cpu.cpp",
-        "scores[j] = -__builtin_huge_val();",
-        "scores[j] = 0;",
+        "products[j] = -__builtin_huge_val();",
+        "products[j] = 0;",
         "global_attention",
     ),
     Mutant(
@@ -341,17 +344,104 @@ MUTANTS = (
     Mutant(
         "gradient of scores from the rounded output",
         "global_attention/cpu.cpp",
-        "add_dots(a.remainder);",
-        "",
-        "global_attention or equal_values",
+        "if constexpr (sizeof(T) < sizeof(A)) add_dots(",
+        "if constexpr (sizeof(T) > sizeof(A)) add_dots(",
+        "equal_values",
         (ATTENTION,),
     ),
     Mutant(
         "keys' gradient sees the first block of queries only",
         "global_attention/cpu.cpp",
-        "query_panels + i * kPanel<A>",
+        "query_panels + panel_row",
         "query_panels",
         "global_attention",
+    ),
+    Mutant(
+        "scores not scaled in the backward pass",
+        "global_attention/cpu.cpp",
+        "load<A>(products + j) * factor - log_sum",
+        "load<A>(products + j) - log_sum",
+        "global_attention",
+    ),
+    # ---- pairs of bfloat16 numbers ----
+    Mutant(
+        "last of an odd count of numbers lost",
+        "common/pairs.h",
+        "return (numbers + 1) / 2;",
+        "return numbers / 2;",
+        "global_attention and bfloat16",
+        variant="avx512_bf16",
+    ),
+    Mutant(
+        "columns beyond sixteen packed as the first sixteen",
+        "common/product.h",
+        "pair_columns(source + (n + v) * column_stride,",
+        "pair_columns(source + n * column_stride,",
+        "global_attention and bfloat16",
+        variant="avx512_bf16",
+    ),
+    Mutant(
+        "rows of pairs turned as if all were there",
+        "common/pairs.h",
+        "const i64 count = minimum<i64>(16, rows - r);",
+        "const i64 count = 16;",
+        "global_attention and bfloat16",
+        (LAYOUTS,),
+        "avx512_bf16",
+    ),
+    Mutant(
+        "output divided by the sum of the exact weights",
+        "global_attention/cpu.cpp",
+        "1 / (kRounds ? state.rounded : state.total)[i]",
+        "1 / state.total[i]",
+        "equal_values and bfloat16",
+        (ATTENTION,),
+        "avx512_bf16",
+    ),
+    Mutant(
+        "gradients to keys without the gain of rounding",
+        "global_attention/rounding.h",
+        "float key_gain(i64 key) const { return keys_.gain(key); }",
+        "float key_gain(i64) const { return 1; }",
+        "rounding and bfloat16",
+        (ATTENTION,),
+        "avx512_bf16",
+    ),
+    Mutant(
+        "gradients to queries without the gain of rounding",
+        "global_attention/rounding.h",
+        "float query_gain(i64 query) const { return queries_.gain(query); }",
+        "float query_gain(i64) const { return 1; }",
+        "rounding and bfloat16",
+        (ATTENTION,),
+        "avx512_bf16",
+    ),
+    Mutant(
+        "gradients to values without the gain of rounding",
+        "global_attention/rounding.h",
+        "float value_gain(i64 key) const { return values_.gain(key); }",
+        "float value_gain(i64) const { return 1; }",
+        "rounding and bfloat16",
+        (ATTENTION,),
+        "avx512_bf16",
+    ),
+    Mutant(
+        "gain of numbers whose squares vanish",
+        "global_attention/rounding.h",
+        "rounded_[j] > 1e-30f && rounded_[j] < 1e30f ? exact_[j] / rounded_[j] : 1",
+        "exact_[j] / rounded_[j]",
+        "tiny and bfloat16",
+        (ATTENTION,),
+        "avx512_bf16",
+    ),
+    Mutant(
+        "gradients beyond the last key multiplied",
+        "global_attention/rounding.h",
+        "return first_of(rows + r * row + j, count - j); };",
+        "return first_of(rows + r * row + j, count ? 16 : 0); };",
+        "far_below and bfloat16",
+        (ATTENTION,),
+        "avx512_bf16",
     ),
     # ---- window_pool, window_spread ----
     Mutant(

@@ -3,8 +3,8 @@
     python tests/mutants/run.py [WORD ...]     only mutants with one of the words in name or file
 
 Prints the score. Exit code 1 when a mutant survives, does not apply or does not compile, or when the
-tests fail without any fault. The portable variant only; faults in CUDA kernels are compiled into a build
-that runs these on the CPU.
+tests fail without any fault. One build folder per variant; variants that this CPU lacks are left out,
+which is printed. Faults in CUDA kernels are compiled into a build that runs these on the CPU.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import sys
 import time
 from pathlib import Path
 
-from mutants import MUTANTS, Mutant
+from mutants import ATTENTION, EMULATED, MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
 TREE = ROOT / "build" / "mutants" / "tree"
 BUILD = ROOT / "build" / "mutants" / "build"
 COPIED = (
     *("csrc", "gi_kernels", "CMakeLists.txt", "pyproject.toml"),
-    *("tests/contract", "tests/conftest.py", "tests/test_layout.py", "tests/test_norms.py"),
+    *("tests/contract", "tests/conftest.py", "tests/test_attention.py"),
+    *("tests/test_layout.py", "tests/test_norms.py"),
 )
 SECONDS = 300  # a test run that takes longer hangs, which is a way of being caught
 
@@ -34,19 +35,23 @@ def main() -> int:
     started = time.monotonic()
     copy_tree()
     verdicts = []
-    for emulated in (False, True):
-        group = [m for m in chosen if m.emulated == emulated]
-        failure = group and (build(emulated) or baseline(group))
+    for variant in sorted({m.kernels for m in chosen}):
+        mutants = [m for m in chosen if m.kernels == variant]
+        failure = build(variant)
+        if not failure and not runs(variant):
+            print(f"{len(mutants)} mutants left out: this machine does not run the variant {variant}")
+            continue
+        failure = failure or baseline(variant, mutants)
         if failure:
             print(f"Without a fault: {failure}")
             return 1
-        for mutant in group:
+        for mutant in mutants:
             verdict = judge(mutant)
             print(f"{mutant.file}: {mutant.name}: {verdict}", flush=True)
             verdicts.append(verdict)
     caught = sum(v.startswith("caught") for v in verdicts)
-    print(f"\n{caught} of {len(chosen)} mutants caught in {time.monotonic() - started:.0f} s")
-    return 0 if caught == len(chosen) else 1
+    print(f"\n{caught} of {len(verdicts)} mutants caught in {time.monotonic() - started:.0f} s")
+    return 0 if caught == len(verdicts) else 1
 
 
 def judge(mutant: Mutant) -> str:
@@ -57,31 +62,31 @@ def judge(mutant: Mutant) -> str:
         return "does not apply"
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
-        failure = build(mutant.emulated)
-        return f"does not compile: {failure}" if failure else test(mutant.tests, mutant.select)
+        failure = build(mutant.kernels)
+        if failure:
+            return f"does not compile: {failure}"
+        return test(mutant.kernels, mutant.tests, mutant.select)
     finally:
         path.write_text(original)
 
 
-def baseline(chosen: list[Mutant]) -> str | None:
+def baseline(variant: str, chosen: list[Mutant]) -> str | None:
     """Run what the mutants' tests select, unchanged: it must pass, or being caught means nothing."""
     for tests in sorted({m.tests for m in chosen}):
         select = " or ".join(sorted({f"({m.select})" for m in chosen if m.tests == tests}))
-        verdict = test(tests, select)
+        verdict = test(variant, tests, select)
         if verdict != "survived":
             return f"{' '.join(tests)} -k '{select}' does not pass: {verdict}"
     return None
 
 
-def test(tests: tuple[str, ...], select: str) -> str:
+def test(variant: str, tests: tuple[str, ...], select: str) -> str:
     """Whether the selected tests notice something."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--hypothesis-seed=1"]
-    command += [*tests, "-k", f"({select}) and cpp"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GI_KERNELS_")}
-    environment["PYTHONPATH"] = str(TREE)
+    command += [*tests, "-k", select if tests == (ATTENTION,) else f"({select}) and cpp"]  # kernels only
     try:
         done = subprocess.run(
-            command, cwd=TREE, env=environment, capture_output=True, text=True, timeout=SECONDS
+            command, cwd=TREE, env=environment(variant), capture_output=True, text=True, timeout=SECONDS
         )
     except subprocess.TimeoutExpired:
         return "caught (hangs)"
@@ -92,12 +97,26 @@ def test(tests: tuple[str, ...], select: str) -> str:
     return "survived" if done.returncode == 0 else f"no verdict: {done.stdout[-500:]}{done.stderr[-500:]}"
 
 
-def build(emulated: bool) -> str | None:
-    """Compile the tree; the first error, or None."""
-    folder = BUILD / ("emulated" if emulated else "cpu")
+def environment(variant: str) -> dict[str, str]:
+    """Of a process that runs a variant of the copied tree's kernels."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("GI_KERNELS_")}
+    capability = "portable" if variant == EMULATED else variant
+    return {**kept, "PYTHONPATH": str(TREE), "GI_KERNELS_CPU_CAPABILITY": capability}
+
+
+def runs(variant: str) -> bool:
+    """Whether this machine runs a variant."""
+    command = [sys.executable, "-c", "from gi_kernels import _C; print(_C.cpu_capability())"]
+    done = subprocess.run(command, cwd=TREE, env=environment(variant), capture_output=True, text=True)
+    return done.stdout.split() == [environment(variant)["GI_KERNELS_CPU_CAPABILITY"]]
+
+
+def build(variant: str) -> str | None:
+    """Compile the tree, nothing but the portable variant if that is enough; the first error, or None."""
+    folder, portable = BUILD / variant, "ON" if variant in ("portable", EMULATED) else "OFF"
     configure = ["cmake", "-S", TREE, "-B", folder, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={TREE}"]
-    configure += [f"-DGI_EMULATE_CUDA={'ON' if emulated else 'OFF'}"]
-    configure += [f"-DGI_PYTHON={sys.executable}", "-DGI_PORTABLE_ONLY=ON", "-DGI_TESTS=OFF"]
+    configure += [f"-DGI_EMULATE_CUDA={'ON' if variant == EMULATED else 'OFF'}"]
+    configure += [f"-DGI_PYTHON={sys.executable}", f"-DGI_PORTABLE_ONLY={portable}", "-DGI_TESTS=OFF"]
     configure += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1"]  # compiles faster
     steps = [configure] if not (folder / "build.ninja").exists() else []
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
