@@ -14,8 +14,9 @@ VALUES := tests/contract/test_values.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo install test lint types ctest unit fuzz variants emulate sanitize sanitize-short mutants \
-        install-ladder cuda-build cuda-record bench readme doctor clean
+.PHONY: help demo install test lint types ctest unit interpret interpret-long fuzz variants emulate \
+        sanitize sanitize-short mutants install-ladder cuda-build cuda-record bench gpu-suite readme \
+        doctor clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -25,7 +26,7 @@ demo: EXTRAS = video
 demo: install  ## repair the bundled clip into demo-output/, time the two-stream generator
 	cd $(BIN) && ./python -m gi_model.demo -o $(CURDIR)/demo-output
 
-test: install lint types ctest unit variants emulate sanitize-short  ## everything that must pass, in under 30 minutes
+test: install lint types ctest unit interpret variants emulate sanitize-short  ## everything that must pass, in under 30 minutes
 	@echo "make test: passed"
 
 install: $(BIN)/python  ## this package into the virtual environment, torch first if it is not there
@@ -48,6 +49,16 @@ ctest:  ## the C++ unit tests of what kernels share, without torch
 	cmake -S . -B build/ctest -G Ninja -DGI_PYTHON= > build/ctest.log || { cat build/ctest.log; exit 1; }
 	cmake --build build/ctest --target gi_tests
 	ctest --test-dir build/ctest --output-on-failure
+
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) -q --hypothesis-seed=0 -k triton
+interpret:  ## values and gradients of the Triton kernels on the CPU, in Triton's interpreter
+	$(INTERPRETED) $(VALUES)::test_value_and_gradient tests/test_attention.py tests/gpu
+
+interpret-long:  ## the contract suite in Triton's interpreter, on chosen samples
+	$(INTERPRETED) tests/contract tests/test_attention.py tests/gpu
+
+gpu-suite:  ## everything that only a GPU can tell; see benchmarks/gpu_suite.py --help
+	$(PYTHON) -m benchmarks.gpu_suite
 
 unit:  ## all tests on the installed package; the same random calls each time
 	$(PYTEST) --hypothesis-seed=0 tests

@@ -1,7 +1,7 @@
 """Which backend serves a call, and why.
 
-``auto`` takes the first backend of ``BACKENDS`` that can run the call. An explicit choice either
-runs or raises the reason why it cannot.
+``auto`` takes the first backend of ``BACKENDS`` that can run the call, but for Triton's interpreter. An
+explicit choice either runs or raises the reason why it cannot.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gi_kernels import native
+from gi_kernels import jit, native
 from gi_kernels.precision import accumulation_dtype
 
 #: In order of preference; ``reference`` runs everywhere.
@@ -42,6 +42,8 @@ class Operator:
 
     name: str
     implementations: dict[str, Callable[..., Any]]
+    #: Per backend, why it cannot run a call on given tensors (lists flattened), or None.
+    limits: dict[str, Callable[[list[torch.Tensor]], str | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name in CUDA:
@@ -105,6 +107,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     chosen = None
     for name in BACKENDS:
         reason = _refusal(operator, name, tensors)
+        if reason is None and wanted == "auto":
+            reason = _reserve(name, tensors)
         if reason is None and wanted not in ("auto", name):
             reason = f"{wanted} was asked for"
         if reason is None and chosen is not None:
@@ -119,12 +123,15 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 def available_backends(op: str | Callable[..., Any], device: str = "cpu") -> list[str]:
     """Names of the backends that can run ``op`` for float32 tensors on ``device``, best first.
 
+    Under ``TRITON_INTERPRET=1`` that is ``triton`` on the CPU too, last.
+
     Raises:
         ValueError: unknown operator.
     """
     operator = _operator(op)
     kind = torch.device(device).type
-    return [n for n in BACKENDS if _refusal_on(operator, n, kind) is None]
+    found = [n for n in BACKENDS if _refusal_on(operator, n, kind) is None]
+    return sorted(found, key=lambda name: _interpreted(name, kind))
 
 
 def run(operator: Operator, *args: Any) -> Any:
@@ -133,7 +140,7 @@ def run(operator: Operator, *args: Any) -> Any:
     wanted = asked()
     if wanted == "auto":
         for name in BACKENDS:
-            if _refusal(operator, name, tensors) is None:
+            if _refusal(operator, name, tensors) is None and _reserve(name, tensors) is None:
                 wanted = name
                 break
     else:
@@ -158,9 +165,26 @@ def asked() -> str:
     return _overrides[-1][0] if _overrides else _default
 
 
+def _device(tensors: list[torch.Tensor]) -> str:
+    return tensors[0].device.type if tensors else "cpu"
+
+
 def _refusal(operator: Operator, name: str, tensors: list[torch.Tensor]) -> str | None:
-    device = tensors[0].device.type if tensors else "cpu"
-    return _refusal_on(operator, name, device)
+    reason = _refusal_on(operator, name, _device(tensors))
+    if reason is None and tensors and name in operator.limits:
+        reason = operator.limits[name](tensors)
+    return reason
+
+
+def _reserve(name: str, tensors: list[torch.Tensor]) -> str | None:
+    """Why ``auto`` passes over a backend that can run a call, or None."""
+    if _interpreted(name, _device(tensors)):
+        return "Triton's interpreter is slow and made for tests: it runs what it is asked for by name"
+    return None
+
+
+def _interpreted(name: str, device: str) -> bool:
+    return name == "triton" and device == "cpu"
 
 
 def _refusal_on(operator: Operator, name: str, device: str) -> str | None:
@@ -169,8 +193,14 @@ def _refusal_on(operator: Operator, name: str, device: str) -> str | None:
         return None
     if name == "cpp" and device != "cpu":
         return f"the C++ kernels run on the CPU, the tensors are on {device}"
-    if name in ("cuda", "triton") and device != "cuda":
+    if (
+        name in ("cuda", "triton")
+        and device != "cuda"
+        and not (_interpreted(name, device) and jit.INTERPRETED)
+    ):
         return f"{name} kernels run on a CUDA device, the tensors are on {device}"
+    if name == "triton" and jit.PROBLEM is not None:
+        return jit.PROBLEM
     if name not in operator.implementations:
         return f"there is no {name} kernel for {operator.name} in this version"
     if name != "triton" and native.PROBLEM is not None:

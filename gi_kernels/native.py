@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gi_kernels import jit
 
 LIBRARY = Path(__file__).parent / "lib" / "libgi_kernels.so"
 
@@ -53,25 +56,40 @@ def register(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    triton: str | None = None,
 ) -> None:
-    """Attach a shape function, and autograd, to the compiled operator ``gi::name``.
+    """Attach a shape function, and autograd, to the operator ``name`` of every namespace that has it.
 
-    Does nothing where the kernels are missing. An operator without ``backward`` raises when a
-    gradient is asked of it, rather than returning none in silence.
+    These are ``gi``, whose kernels are compiled (nothing is done where they are missing), and
+    ``gi_triton`` where a signature is given as ``triton``: it is declared here. ``backward`` is called
+    with the namespace first. An operator without it raises when a gradient is asked of it, rather than
+    returning none in silence.
     """
     global PROBLEM
     if PROBLEM is None and not hasattr(torch.ops.gi, name):
         PROBLEM = f"the C++ kernels were built from other sources, without gi::{name}; reinstall gi-kernels"
-    if PROBLEM is not None:
-        return
-    torch.library.register_fake(f"gi::{name}", fake)
+    if PROBLEM is None:
+        _attach("gi", name, fake, setup_context, backward)
+    if triton is not None:
+        jit.define(fake.__module__, name, triton)
+        _attach(jit.NAMESPACE, name, fake, setup_context, backward)
+
+
+def _attach(
+    namespace: str,
+    name: str,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any] | None,
+) -> None:
+    operator = f"{namespace}::{name}"
+    torch.library.register_fake(operator, fake)
 
     def refuse(*_: Any) -> Any:
         raise NotImplementedError(
-            f"gi::{name} has no derivative; gi_kernels.backend('reference') "
+            f"{operator} has no derivative; gi_kernels.backend('reference') "
             "computes it with differentiable PyTorch operations"
         )
 
-    torch.library.register_autograd(
-        f"gi::{name}", backward or refuse, setup_context=setup_context if backward else None
-    )
+    derivative = partial(backward, getattr(torch.ops, namespace)) if backward else refuse
+    torch.library.register_autograd(operator, derivative, setup_context=setup_context if backward else None)

@@ -18,15 +18,16 @@ import pytest
 import torch
 
 import gi_kernels
-from gi_kernels import native
+from gi_kernels import jit, native
 
 ROOT = Path(__file__).parents[1]
 
-# How many random calls of each operator. `make fuzz` chooses the long one.
+# How many random calls of each operator. `make fuzz` chooses the long one; Triton's interpreter is slow.
 SHORT = hypothesis.settings(max_examples=60, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("short", SHORT)
 hypothesis.settings.register_profile("long", SHORT, max_examples=1000)
-hypothesis.settings.load_profile("short")
+hypothesis.settings.register_profile("interpreted", SHORT, max_examples=8)
+hypothesis.settings.load_profile("interpreted" if jit.INTERPRETED else "short")
 
 
 @pytest.hookimpl(tryfirst=True)

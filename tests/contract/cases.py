@@ -69,13 +69,23 @@ def cases(
     *,
     compiled_only: bool = False,
     where: Callable[[OperatorSpec], bool] = lambda spec: True,
+    thorough: bool = False,
 ) -> pytest.MarkDecorator:
-    """Parametrise a test by ``case``: chosen samples of every operator on every backend there is."""
+    """Parametrise a test by ``case``: chosen samples of every operator on every backend there is.
+
+    Triton's interpreter takes a tenth of a second where kernels take microseconds. On it a test runs on
+    small samples only, and on the first of those chosen per way of serving; all of them if ``thorough``.
+    """
     found = []
     for spec in SPECS.values():
         if where(spec):
+            interpreted = set()
             for sample in choose(spec):
                 for backend in backends(spec, sample):
+                    if backend == "triton":
+                        if sample.size != "small" or (sample.served_by in interpreted and not thorough):
+                            continue
+                        interpreted.add(sample.served_by)
                     if not (compiled_only and backend == "reference"):
                         found.append(Case(spec, sample, backend))
     return pytest.mark.parametrize("case", found, ids=str)

@@ -8,6 +8,7 @@ from cases import Case, cases, first
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gi_kernels
+from gi_kernels import jit
 from gi_kernels.spec import Sample
 from gi_kernels.testing.calls import Outcome, evaluate, map_tensors
 from gi_kernels.testing.layouts import channels_last
@@ -87,13 +88,15 @@ def test_compiled_under_autocast(case: Case) -> None:
 @cases(lambda spec: {s.name: s for s in [*first(2)(spec), *typical_modes(spec)]}.values(), compiled_only=True)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_opcheck(case: Case, layout: str) -> None:
-    """Schema, fake kernel and autograd of every ``gi::`` operator that the call goes through."""
+    """Schema, fake kernel and autograd of every operator of this package that the call goes through."""
     arguments = case.sample.make(torch.float32)
     if layout == "channels_last":
         arguments = map_tensors(lambda _, t: channels_last(t), arguments)
     recorder = Recorder()
     with recorder:
         case.run(arguments)
+    if (case.spec.name, case.backend) == ("pixel_projection", "triton"):
+        pytest.skip("PyTorch's own product serves it")
     assert recorder.calls, "the call went through no compiled operator"
     for op, args, kwargs in recorder.calls:
         differentiable = bool(case.differentiable) and not op._opname.endswith("_backward")
@@ -127,14 +130,14 @@ def test_gradcheck(case: Case) -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Records the calls of ``gi::`` operators, below autograd."""
+    """Records the calls of this package's operators, below autograd."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "gi":
+        if func.namespace in ("gi", jit.NAMESPACE):
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -14,7 +14,7 @@ from gi_kernels.testing.calls import Outcome, map_tensors, tensors
 DTYPES = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d).split(".")[1])
 
 
-@cases()
+@cases(thorough=True)
 @DTYPES
 def test_value_and_gradient(case: Case, dtype: torch.dtype) -> None:
     case.check(case.sample.make(dtype))

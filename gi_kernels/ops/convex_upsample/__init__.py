@@ -61,9 +61,9 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad):
+def _backward(ops, ctx, grad):
     need_flow, need_mask = ctx.needs_input_grad
-    grad_flow, grad_mask = torch.ops.gi.convex_upsample_backward(
+    grad_flow, grad_mask = ops.convex_upsample_backward(
         grad, *ctx.saved_tensors, need_flow, need_mask
     )
     return grad_flow if need_flow else None, grad_mask if need_mask else None

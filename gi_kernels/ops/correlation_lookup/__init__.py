@@ -201,11 +201,11 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(coords, *volumes)
 
 
-def _backward(ctx, grad):
+def _backward(ops, ctx, grad):
     coords, *volumes = ctx.saved_tensors
     needs = ctx.needs_input_grad
     need_volumes, need_coords = _any(needs[0]), needs[1]
-    grad_volumes, grad_coords = torch.ops.gi.correlation_lookup_backward(
+    grad_volumes, grad_coords = ops.correlation_lookup_backward(
         grad, volumes, coords, ctx.radius, need_volumes, need_coords
     )
     return (
@@ -238,11 +238,11 @@ def _setup_context_on_demand(ctx, inputs, output):
     ctx.save_for_backward(features1, coords, *features2)
 
 
-def _backward_on_demand(ctx, grad):
+def _backward_on_demand(ops, ctx, grad):
     features1, coords, *features2 = ctx.saved_tensors
     needs = ctx.needs_input_grad
     need_features1, need_features2, need_coords = needs[0], _any(needs[1]), needs[2]
-    grad_features1, grad_features2, grad_coords = torch.ops.gi.correlation_lookup_on_demand_backward(
+    grad_features1, grad_features2, grad_coords = ops.correlation_lookup_on_demand_backward(
         grad, features1, features2, coords, ctx.radius, need_features1, need_features2, need_coords
     )
     return (

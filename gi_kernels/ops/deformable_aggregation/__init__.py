@@ -98,12 +98,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad):
+def _backward(ops, ctx, grad):
     need = ctx.needs_input_grad
     sources, maps = need[1] or need[2], need[3] or need[4]
     gradients = [None] * 7
     if any(need[1:]):
-        *parts, weights = torch.ops.gi.deformable_aggregation_backward(
+        *parts, weights = ops.deformable_aggregation_backward(
             grad, *ctx.saved_tensors, sources, maps
         )
         gradients = [*parts, *weights]

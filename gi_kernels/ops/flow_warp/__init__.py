@@ -48,7 +48,11 @@ def _cpp(input: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
     return torch.ops.gi.flow_warp(input, flow)
 
 
-OPERATOR = dispatch.Operator("flow_warp", {"cpp": _cpp, "reference": reference.flow_warp})
+def _triton(input: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    return torch.ops.gi_triton.flow_warp(input, flow)
+
+
+OPERATOR = dispatch.Operator("flow_warp", {"triton": _triton, "cpp": _cpp, "reference": reference.flow_warp})
 
 
 def _fake(input, flow):
@@ -66,11 +70,15 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad):
+def _backward(ops, ctx, grad):
     need_input, need_flow = ctx.needs_input_grad
-    grad_input, grad_flow = torch.ops.gi.flow_warp_backward(grad, *ctx.saved_tensors, need_input, need_flow)
+    grad_input, grad_flow = ops.flow_warp_backward(grad, *ctx.saved_tensors, need_input, need_flow)
     return grad_input if need_input else None, grad_flow if need_flow else None
 
 
-native.register("flow_warp", _fake, _setup_context, _backward)
-native.register("flow_warp_backward", _fake_backward)
+native.register("flow_warp", _fake, _setup_context, _backward, triton="(Tensor input, Tensor flow) -> Tensor")
+native.register(
+    "flow_warp_backward",
+    _fake_backward,
+    triton="(Tensor grad, Tensor input, Tensor flow, bool need_input, bool need_flow) -> (Tensor, Tensor)",
+)

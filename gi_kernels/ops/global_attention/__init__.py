@@ -89,10 +89,10 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(query, *keys, *values, *output)
 
 
-def _backward(ctx, grad, *_):
+def _backward(ops, ctx, grad, *_):
     query, *rest, output, remainder, log_sum = ctx.saved_tensors
     keys, values = rest[: ctx.segments], rest[ctx.segments :]
-    return torch.ops.gi.global_attention_backward(grad, query, keys, values, output, remainder, log_sum)
+    return ops.global_attention_backward(grad, query, keys, values, output, remainder, log_sum)
 
 
 native.register("global_attention", _fake, _setup_context, _backward)

@@ -65,9 +65,9 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad):
+def _backward(ops, ctx, grad):
     need = ctx.needs_input_grad
-    gradients = torch.ops.gi.pixel_projection_backward(grad, *ctx.saved_tensors, *need)
+    gradients = ops.pixel_projection_backward(grad, *ctx.saved_tensors, *need)
     return tuple(g if n else None for g, n in zip(gradients, need, strict=True))
 
 

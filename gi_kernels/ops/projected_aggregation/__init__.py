@@ -115,12 +115,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad):
+def _backward(ops, ctx, grad):
     need = ctx.needs_input_grad
     gradients = [None] * 8
     if any(need[1:]):
         wanted = (need[1], need[2] or need[3], need[4] or need[5])
-        *parts, vectors = torch.ops.gi.projected_aggregation_backward(grad, *ctx.saved_tensors, *wanted)
+        *parts, vectors = ops.projected_aggregation_backward(grad, *ctx.saved_tensors, *wanted)
         gradients = [*parts, *vectors]
     return grad, *(g if n else None for g, n in zip(gradients, need[1:], strict=True))
 

@@ -78,9 +78,9 @@ def autograd(backward_name: str) -> tuple[Callable[..., None], Callable[..., Any
         ctx.save_for_backward(*inputs[:2])
         ctx.windows = inputs[2:]
 
-    def backward(ctx, grad):
+    def backward(ops, ctx, grad):
         need = ctx.needs_input_grad[:2]
-        gradients = getattr(torch.ops.gi, backward_name)(grad, *ctx.saved_tensors, *ctx.windows, *need)
+        gradients = getattr(ops, backward_name)(grad, *ctx.saved_tensors, *ctx.windows, *need)
         return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), None, None
 
     return setup_context, backward
