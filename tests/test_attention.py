@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+import gi_kernels
 from gi_kernels import global_attention
 from gi_kernels.ops.global_attention import reference
 from gi_kernels.testing.errors import growth, largest_error, root_mean_square
 
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.fixture(autouse=True, params=gi_kernels.available_backends("global_attention"))
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test on every backend that runs here."""
+    with gi_kernels.backend(request.param):
+        yield
 
 
 @LOW

@@ -10,6 +10,9 @@ from gi_kernels import checks, dispatch, native
 from gi_kernels.ops.global_attention import reference
 from gi_kernels.precision import accumulation_dtype, autocast
 
+#: Widest head of the Triton kernel.
+WIDEST_HEAD = 256
+
 
 def global_attention(
     query: torch.Tensor,
@@ -63,7 +66,24 @@ def _cpp(query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tenso
     return torch.ops.gi.global_attention(query, keys, values)[0]
 
 
-OPERATOR = dispatch.Operator("global_attention", {"cpp": _cpp, "reference": reference.global_attention})
+def _triton(query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.ops.gi_triton.global_attention(query, keys, values)[0]
+
+
+def _triton_limit(tensors: list[torch.Tensor]) -> str | None:
+    width = tensors[0].shape[3]
+    return (
+        f"heads of at most {WIDEST_HEAD} numbers fit a block, these have {width}"
+        if width > WIDEST_HEAD
+        else None
+    )
+
+
+OPERATOR = dispatch.Operator(
+    "global_attention",
+    {"triton": _triton, "cpp": _cpp, "reference": reference.global_attention},
+    limits={"triton": _triton_limit},
+)
 
 
 def _fake(query, keys, values):
@@ -95,5 +115,16 @@ def _backward(ops, ctx, grad, *_):
     return ops.global_attention_backward(grad, query, keys, values, output, remainder, log_sum)
 
 
-native.register("global_attention", _fake, _setup_context, _backward)
-native.register("global_attention_backward", _fake_backward)
+native.register(
+    "global_attention",
+    _fake,
+    _setup_context,
+    _backward,
+    triton="(Tensor query, Tensor[] keys, Tensor[] values) -> (Tensor, Tensor, Tensor)",
+)
+native.register(
+    "global_attention_backward",
+    _fake_backward,
+    triton="(Tensor grad, Tensor query, Tensor[] keys, Tensor[] values, Tensor output, Tensor remainder, "
+    "Tensor log_sum) -> (Tensor, Tensor[], Tensor[])",
+)
