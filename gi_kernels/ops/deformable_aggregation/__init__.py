@@ -74,8 +74,12 @@ def _cpp(*args: torch.Tensor) -> torch.Tensor:
     return torch.ops.gi.deformable_aggregation(*args)
 
 
+def _triton(*args: torch.Tensor) -> torch.Tensor:
+    return torch.ops.gi_triton.deformable_aggregation(*args)
+
+
 OPERATOR = dispatch.Operator(
-    "deformable_aggregation", {"cpp": _cpp, "reference": reference.deformable_aggregation}
+    "deformable_aggregation", {"triton": _triton, "cpp": _cpp, "reference": reference.deformable_aggregation}
 )
 
 
@@ -103,12 +107,19 @@ def _backward(ops, ctx, grad):
     sources, maps = need[1] or need[2], need[3] or need[4]
     gradients = [None] * 7
     if any(need[1:]):
-        *parts, weights = ops.deformable_aggregation_backward(
-            grad, *ctx.saved_tensors, sources, maps
-        )
+        *parts, weights = ops.deformable_aggregation_backward(grad, *ctx.saved_tensors, sources, maps)
         gradients = [*parts, *weights]
     return grad, *(g if n else None for g, n in zip(gradients, need[1:], strict=True))
 
 
-native.register("deformable_aggregation", _fake, _setup_context, _backward)
-native.register("deformable_aggregation_backward", _fake_backward)
+_TENSORS = (
+    "Tensor features, Tensor keys, Tensor values, Tensor flows, Tensor errors, Tensor key_error_weight, "
+    "Tensor value_error_weight, Tensor value_bias"
+)
+native.register("deformable_aggregation", _fake, _setup_context, _backward, triton=f"({_TENSORS}) -> Tensor")
+native.register(
+    "deformable_aggregation_backward",
+    _fake_backward,
+    triton=f"(Tensor grad, {_TENSORS}, bool need_sources, bool need_maps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
