@@ -57,7 +57,13 @@ def _cpp(logits: torch.Tensor, features: torch.Tensor, windows: tuple[int, int])
     return torch.ops.gi.window_pool(logits, features, *windows)
 
 
-OPERATOR = dispatch.Operator("window_pool", {"cpp": _cpp, "reference": reference.window_pool})
+def _triton(logits: torch.Tensor, features: torch.Tensor, windows: tuple[int, int]) -> torch.Tensor:
+    return torch.ops.gi_triton.window_pool(logits, features, *windows)
+
+
+OPERATOR = dispatch.Operator(
+    "window_pool", {"triton": _triton, "cpp": _cpp, "reference": reference.window_pool}
+)
 
 
 def _fake(logits, features, rows, columns):
@@ -86,5 +92,15 @@ def autograd(backward_name: str) -> tuple[Callable[..., None], Callable[..., Any
     return setup_context, backward
 
 
-native.register("window_pool", _fake, *autograd("window_pool_backward"))
-native.register("window_pool_backward", _fake_backward)
+native.register(
+    "window_pool",
+    _fake,
+    *autograd("window_pool_backward"),
+    triton="(Tensor logits, Tensor features, int rows, int columns) -> Tensor",
+)
+native.register(
+    "window_pool_backward",
+    _fake_backward,
+    triton="(Tensor grad, Tensor logits, Tensor features, int rows, int columns, bool need_logits, "
+    "bool need_features) -> (Tensor, Tensor)",
+)

@@ -58,7 +58,13 @@ def _cpp(logits: torch.Tensor, latents: torch.Tensor, windows: tuple[int, int]) 
     return torch.ops.gi.window_spread(logits, latents, *windows)
 
 
-OPERATOR = dispatch.Operator("window_spread", {"cpp": _cpp, "reference": reference.window_spread})
+def _triton(logits: torch.Tensor, latents: torch.Tensor, windows: tuple[int, int]) -> torch.Tensor:
+    return torch.ops.gi_triton.window_spread(logits, latents, *windows)
+
+
+OPERATOR = dispatch.Operator(
+    "window_spread", {"triton": _triton, "cpp": _cpp, "reference": reference.window_spread}
+)
 
 
 def _fake(logits, latents, rows, columns):
@@ -76,5 +82,15 @@ def _fake_backward(grad, logits, latents, rows, columns, need_logits, need_laten
     )
 
 
-native.register("window_spread", _fake, *autograd("window_spread_backward"))
-native.register("window_spread_backward", _fake_backward)
+native.register(
+    "window_spread",
+    _fake,
+    *autograd("window_spread_backward"),
+    triton="(Tensor logits, Tensor latents, int rows, int columns) -> Tensor",
+)
+native.register(
+    "window_spread_backward",
+    _fake_backward,
+    triton="(Tensor grad, Tensor logits, Tensor latents, int rows, int columns, bool need_logits, "
+    "bool need_latents) -> (Tensor, Tensor)",
+)
