@@ -173,9 +173,24 @@ def _cpp_on_demand(
     return torch.ops.gi.correlation_lookup_on_demand(features1, features2, coords, radius)
 
 
-DENSE = dispatch.Operator("correlation_lookup", {"cpp": _cpp, "reference": reference.lookup})
+def _triton(volumes: Sequence[torch.Tensor], coords: torch.Tensor, radius: int) -> torch.Tensor:
+    return torch.ops.gi_triton.correlation_lookup(volumes, coords, radius)
+
+
+DENSE = dispatch.Operator(
+    "correlation_lookup", {"triton": _triton, "cpp": _cpp, "reference": reference.lookup}
+)
+
+
+def _triton_on_demand(
+    features1: torch.Tensor, features2: Sequence[torch.Tensor], coords: torch.Tensor, radius: int
+) -> torch.Tensor:
+    return torch.ops.gi_triton.correlation_lookup_on_demand(features1, features2, coords, radius)
+
+
 ON_DEMAND = dispatch.Operator(
-    "correlation_lookup_on_demand", {"cpp": _cpp_on_demand, "reference": reference.lookup_on_demand}
+    "correlation_lookup_on_demand",
+    {"triton": _triton_on_demand, "cpp": _cpp_on_demand, "reference": reference.lookup_on_demand},
 )
 
 
@@ -215,8 +230,19 @@ def _backward(ops, ctx, grad):
     )
 
 
-native.register("correlation_lookup", _fake, _setup_context, _backward)
-native.register("correlation_lookup_backward", _fake_backward)
+native.register(
+    "correlation_lookup",
+    _fake,
+    _setup_context,
+    _backward,
+    triton="(Tensor[] volumes, Tensor coords, int radius) -> Tensor",
+)
+native.register(
+    "correlation_lookup_backward",
+    _fake_backward,
+    triton="(Tensor grad, Tensor[] volumes, Tensor coords, int radius, bool need_volumes, bool need_coords) "
+    "-> (Tensor[], Tensor)",
+)
 
 
 def _fake_on_demand(features1, features2, coords, radius):
@@ -259,6 +285,15 @@ def _any(needs: bool | Sequence[bool]) -> bool:
 
 
 native.register(
-    "correlation_lookup_on_demand", _fake_on_demand, _setup_context_on_demand, _backward_on_demand
+    "correlation_lookup_on_demand",
+    _fake_on_demand,
+    _setup_context_on_demand,
+    _backward_on_demand,
+    triton="(Tensor features1, Tensor[] features2, Tensor coords, int radius) -> Tensor",
 )
-native.register("correlation_lookup_on_demand_backward", _fake_on_demand_backward)
+native.register(
+    "correlation_lookup_on_demand_backward",
+    _fake_on_demand_backward,
+    triton="(Tensor grad, Tensor features1, Tensor[] features2, Tensor coords, int radius, "
+    "bool need_features1, bool need_features2, bool need_coords) -> (Tensor, Tensor[], Tensor)",
+)
