@@ -47,11 +47,17 @@ def _cpp(flow: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.ops.gi.complete_flow(flow, mask)
 
 
-OPERATOR = dispatch.Operator("complete_flow", {"cpp": _cpp, "reference": reference.complete_flow})
+def _triton(flow: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.ops.gi_triton.complete_flow(flow, mask)
+
+
+OPERATOR = dispatch.Operator(
+    "complete_flow", {"triton": _triton, "cpp": _cpp, "reference": reference.complete_flow}
+)
 
 
 def _fake(flow, mask):
     return flow.new_empty(flow.shape)
 
 
-native.register("complete_flow", _fake)
+native.register("complete_flow", _fake, triton="(Tensor flow, Tensor mask) -> Tensor")

@@ -42,7 +42,13 @@ def _cpp(flow: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.ops.gi.convex_upsample(flow, mask)
 
 
-OPERATOR = dispatch.Operator("convex_upsample", {"cpp": _cpp, "reference": reference.convex_upsample})
+def _triton(flow: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.ops.gi_triton.convex_upsample(flow, mask)
+
+
+OPERATOR = dispatch.Operator(
+    "convex_upsample", {"triton": _triton, "cpp": _cpp, "reference": reference.convex_upsample}
+)
 
 
 def _fake(flow, mask):
@@ -63,11 +69,15 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ops, ctx, grad):
     need_flow, need_mask = ctx.needs_input_grad
-    grad_flow, grad_mask = ops.convex_upsample_backward(
-        grad, *ctx.saved_tensors, need_flow, need_mask
-    )
+    grad_flow, grad_mask = ops.convex_upsample_backward(grad, *ctx.saved_tensors, need_flow, need_mask)
     return grad_flow if need_flow else None, grad_mask if need_mask else None
 
 
-native.register("convex_upsample", _fake, _setup_context, _backward)
-native.register("convex_upsample_backward", _fake_backward)
+native.register(
+    "convex_upsample", _fake, _setup_context, _backward, triton="(Tensor flow, Tensor mask) -> Tensor"
+)
+native.register(
+    "convex_upsample_backward",
+    _fake_backward,
+    triton="(Tensor grad, Tensor flow, Tensor mask, bool need_flow, bool need_mask) -> (Tensor, Tensor)",
+)

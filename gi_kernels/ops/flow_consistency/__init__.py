@@ -40,11 +40,17 @@ def _cpp(flow: torch.Tensor, flow_backward: torch.Tensor) -> torch.Tensor:
     return torch.ops.gi.flow_consistency(flow, flow_backward)
 
 
-OPERATOR = dispatch.Operator("flow_consistency", {"cpp": _cpp, "reference": reference.flow_consistency})
+def _triton(flow: torch.Tensor, flow_backward: torch.Tensor) -> torch.Tensor:
+    return torch.ops.gi_triton.flow_consistency(flow, flow_backward)
+
+
+OPERATOR = dispatch.Operator(
+    "flow_consistency", {"triton": _triton, "cpp": _cpp, "reference": reference.flow_consistency}
+)
 
 
 def _fake(flow, flow_backward):
     return flow.new_empty(flow.shape[0], 1, *flow.shape[2:])
 
 
-native.register("flow_consistency", _fake)
+native.register("flow_consistency", _fake, triton="(Tensor flow, Tensor flow_backward) -> Tensor")

@@ -42,7 +42,15 @@ def _cpp(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.gi.pixel_projection(input, weight)
 
 
-OPERATOR = dispatch.Operator("pixel_projection", {"cpp": _cpp, "reference": reference.pixel_projection})
+# On the GPU it is PyTorch's own product, in the storage type: nothing to fuse, and no faster one there.
+OPERATOR = dispatch.Operator(
+    "pixel_projection",
+    {
+        "triton": reference.pixel_projection,
+        "cpp": _cpp,
+        "reference": reference.pixel_projection,
+    },
+)
 
 
 def _fake(input, weight):
