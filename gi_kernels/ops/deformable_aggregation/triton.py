@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from gi_kernels.jit.along_flow import Readers, readers, resized, resized_backward, sum_readers
-from gi_kernels.jit.device import blend, cell, four_taps, narrow, slope, widen
+from gi_kernels.jit.device import blend, cell, four_taps, inside_frame, narrow, widen
 from gi_kernels.jit.launch import TILE, Tiling, index_type, launch, sums, tiling
 
 
@@ -249,14 +249,22 @@ def _backward(
             tl.store(key_samples + target, narrow(grad_key, key_samples.dtype.element_ty), mask=mask)
             tl.store(value_samples + target, narrow(grad_value, value_samples.dtype.element_ty), mask=mask)
         if MAPS:
-            kdx, kdy = slope(k0, k1, k2, k3, fx, fy)
-            vdx, vdy = slope(v0, v1, v2, v3, fx, fy)
-            along_x = tl.sum(grad_key * kdx + grad_value * vdx, axis=1)
-            along_y = tl.sum(grad_key * kdy + grad_value * vdy, axis=1)
+            # Tap by tap, so that infinities meet as they do in the definition.
+            x1, y1 = x0 + 1, y0 + 1
+            dot0 = tl.sum(grad_key * k0 + grad_value * v0, axis=1)
+            dot1 = tl.sum(grad_key * k1 + grad_value * v1, axis=1)
+            dot2 = tl.sum(grad_key * k2 + grad_value * v2, axis=1)
+            dot3 = tl.sum(grad_key * k3 + grad_value * v3, axis=1)
+            dot0 = tl.where(inside_frame(near, x0, y0, H, W), dot0, 0.0)
+            dot1 = tl.where(inside_frame(near, x1, y0, H, W), dot1, 0.0)
+            dot2 = tl.where(inside_frame(near, x0, y1, H, W), dot2, 0.0)
+            dot3 = tl.where(inside_frame(near, x1, y1, H, W), dot3, 0.0)
+            along_x = (dot1 - dot0) * (1 - fy) + (dot3 - dot2) * fy
+            along_y = (dot2 - dot0) * (1 - fx) + (dot3 - dot1) * fx
             along_e = tl.sum(grad_key * key_error[None, :] + grad_value * value_error[None, :], axis=1)
             target = map_parts + ((split * B + b) * T + t) * 3 * size + p
-            tl.store(target, tl.where(near, along_x, 0.0), mask=valid)
-            tl.store(target + size, tl.where(near, along_y, 0.0), mask=valid)
+            tl.store(target, along_x, mask=valid)
+            tl.store(target + size, along_y, mask=valid)
             tl.store(target + 2 * size, along_e, mask=valid)
     target = weight_parts + (b * pixel_blocks + block) * 3 * C + c
     tl.store(target, key_error_sum, mask=in_channels)
