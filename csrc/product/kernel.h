@@ -31,4 +31,4 @@ struct ProductKernels {
 
 }  // namespace gi
 
-GI_DECLARE_KERNELS(ProductKernels, product_kernels)
+GI_DECLARE_PRODUCT_KERNELS(ProductKernels, product_kernels)

@@ -286,8 +286,8 @@ MUTANTS = (
     Mutant(
         "rows beyond a block are those of the first",
         "product/cpu.cpp",
-        "left_factor<A>(p.a, a + m * p.a.outer,",
-        "left_factor<A>(p.a, a + m0 * p.a.outer,",
+        "left_factor<S>(p.a, a + m * p.a.outer,",
+        "left_factor<S>(p.a, a + m0 * p.a.outer,",
         "pixel_projection",
     ),
     Mutant(
