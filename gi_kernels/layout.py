@@ -31,8 +31,8 @@ def _setup_context(ctx, inputs, output):
     ctx.channels_last = is_channels_last(inputs[0])
 
 
-def _backward(ctx, grad):
-    return torch.ops.gi.relayout(grad, ctx.channels_last), None
+def _backward(ops, ctx, grad):
+    return ops.relayout(grad, ctx.channels_last), None
 
 
 native.register("relayout", _fake, _setup_context, _backward)

@@ -77,8 +77,8 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias, mean, variance)
 
 
-def _backward(ctx, grad, *_):
-    gradients = torch.ops.gi.batch_norm_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.relu)
+def _backward(ops, ctx, grad, *_):
+    gradients = ops.batch_norm_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.relu)
     return *gradients, None, None
 
 
