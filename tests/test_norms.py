@@ -133,7 +133,9 @@ def test_no_digits_are_lost_in_large_maps(kernel, arrange):
     exact = outcome(plain(False), x.double(), copy.deepcopy(norm).double(), x.double() - 1000)
     found = outcome(ours(False), x, norm, x - 1000)
     for what, mine, wanted in zip(WHAT, found, exact, strict=True):
-        assert_near(mine, wanted, 1e-4, what)
+        # A gradient that is all regression on the deviation leaves next to nothing of its terms.
+        terms = magnitude(x.double() - 1000) if what == "gradient of x" else None
+        assert_near(mine, wanted, 1e-4, what, terms)
 
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}])
