@@ -21,7 +21,10 @@ CSRC = Path(__file__).parents[1] / "csrc"
 KERNELS = sorted(CSRC.glob("*/cuda.cu"))
 BINDINGS = sorted(CSRC.glob("*/bind_cuda.cpp"))
 #: Operators whose GPU kernels are Triton's, or that only serve the CPU.
-NOT_IN_CUDA = {"batch_norm", "global_attention", "pixel_projection", "projected_aggregation", "relayout"}
+NOT_IN_CUDA = {
+    *("batch_norm", "fused_convolution", "fused_convolution_pack", "global_attention", "pixel_projection"),
+    *("projected_aggregation", "relayout"),
+}
 BUILD = importlib.util.spec_from_file_location("cuda_build", CSRC / "tests" / "cuda_build.py")
 cuda_build = importlib.util.module_from_spec(BUILD)
 BUILD.loader.exec_module(cuda_build)
