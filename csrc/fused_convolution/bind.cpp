@@ -53,10 +53,11 @@ at::Tensor convolve(const at::TensorList& inputs, const at::Tensor& packed, i64 
   if (output.numel() == 0) return output;
   std::vector<at::Tensor> maps;  // alive until the end
   FusedConvolution f;
-  f.count = static_cast<int>(inputs.size());
-  for (int i = 0; i < f.count; ++i) {
-    maps.push_back(with_contiguous_channels(inputs[i]));
-    f.inputs[i] = array_of(maps.back());
+  f.count = 0;
+  for (const at::Tensor& input : inputs) {
+    if (input.size(1) == 0) continue;  // has no memory to point at
+    maps.push_back(with_contiguous_channels(input));
+    f.inputs[f.count++] = array_of(maps.back());
   }
   if (addend) {
     maps.push_back(with_contiguous_channels(*addend));

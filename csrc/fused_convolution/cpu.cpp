@@ -161,12 +161,13 @@ template <class A, class T, class F> struct Tiles {
       A* to = values;
       for (int i = 0; i < f.count; ++i) {
         const Array& map = f.inputs[i];
+        const T* image = static_cast<const T*>(map.data) + n * map.stride[0];
         const T* pixels[V::size][H::size];
         i64 columns[H::size];
         for (int x = 0; x < H::size; ++x) columns[x] = line(x0 + x, width, f.reflect);
         for (int y = 0; y < V::size; ++y) {
           const i64 row = line(y0 + y, height, f.reflect);
-          const T* start = static_cast<const T*>(map.data) + n * map.stride[0] + row * map.stride[2];
+          const T* start = image + maximum<i64>(row, 0) * map.stride[2];
           for (int x = 0; x < H::size; ++x)
             pixels[y][x] = row < 0 || columns[x] < 0 ? zeros : start + columns[x] * map.stride[3];
         }
