@@ -17,7 +17,7 @@ import triton.language as tl
 
 from gi_kernels import jit
 from gi_kernels.jit.along_flow import LANGUAGE_INTEGERS, ordered
-from gi_kernels.jit.device import narrow, widen
+from gi_kernels.jit.device import blend, narrow, slope, widen
 from gi_kernels.jit.launch import index_type, launch, sums
 from gi_kernels.precision import accumulation_dtype
 
@@ -235,6 +235,24 @@ def _tap(row, x, y, H, W, reads, sy, sx, ACC: tl.constexpr, INDEX: tl.constexpr)
 
 
 @triton.jit
+def _four_taps(row, x, y, H, W, reads, sy, sx, ACC: tl.constexpr, INDEX: tl.constexpr):
+    a = _tap(row, x, y, H, W, reads, sy, sx, ACC, INDEX)
+    b = _tap(row, x + 1, y, H, W, reads, sy, sx, ACC, INDEX)
+    c = _tap(row, x, y + 1, H, W, reads, sy, sx, ACC, INDEX)
+    d = _tap(row, x + 1, y + 1, H, W, reads, sy, sx, ACC, INDEX)
+    return a, b, c, d
+
+
+@triton.jit
+def _patch_taps(patch, mask, N: tl.constexpr):
+    a = tl.load(patch, mask=mask, other=0.0)
+    b = tl.load(patch + 1, mask=mask, other=0.0)
+    c = tl.load(patch + N, mask=mask, other=0.0)
+    d = tl.load(patch + N + 1, mask=mask, other=0.0)
+    return a, b, c, d
+
+
+@triton.jit
 def _lookup(
     volumes, coords, out, count, pixels, sizes, strides,
     LEVELS: tl.constexpr, RADIUS: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
@@ -251,12 +269,9 @@ def _lookup(
         row = volumes[level] + (b * strides[4 * level] + p * strides[4 * level + 1])[:, None]
         reads = reaches[:, None] & (s < SIDE * SIDE)[None, :]
         x, y = x0[:, None] + dx[None, :], y0[:, None] + dy[None, :]
-        fx, fy = fx[:, None], fy[:, None]
         sy, sx = strides[4 * level + 2], strides[4 * level + 3]
-        value = _tap(row, x, y, H, W, reads, sy, sx, ACC, INDEX) * ((1 - fx) * (1 - fy))
-        value += _tap(row, x + 1, y, H, W, reads, sy, sx, ACC, INDEX) * (fx * (1 - fy))
-        value += _tap(row, x, y + 1, H, W, reads, sy, sx, ACC, INDEX) * ((1 - fx) * fy)
-        value += _tap(row, x + 1, y + 1, H, W, reads, sy, sx, ACC, INDEX) * (fx * fy)
+        a, c, d, e = _four_taps(row, x, y, H, W, reads, sy, sx, ACC, INDEX)
+        value = blend(a, c, d, e, fx, fy)
         to = out + (i * (LEVELS * SIDE * SIDE) + level * SIDE * SIDE)[:, None] + s[None, :]
         mask = (i < count)[:, None] & (s < SIDE * SIDE)[None, :]
         tl.store(to, narrow(value, out.dtype.element_ty), mask=mask)
@@ -282,16 +297,13 @@ def _slopes(
         row = volumes[level] + (b * strides[4 * level] + p * strides[4 * level + 1])[:, None]
         reads = reaches[:, None] & (s < SIDE * SIDE)[None, :]
         x, y = x0[:, None] + dx[None, :], y0[:, None] + dy[None, :]
-        fx, fy = fx[:, None], fy[:, None]
         sy, sx = strides[4 * level + 2], strides[4 * level + 3]
-        a = _tap(row, x, y, H, W, reads, sy, sx, ACC, INDEX)
-        c = _tap(row, x + 1, y, H, W, reads, sy, sx, ACC, INDEX)
-        d = _tap(row, x, y + 1, H, W, reads, sy, sx, ACC, INDEX)
-        e = _tap(row, x + 1, y + 1, H, W, reads, sy, sx, ACC, INDEX)
+        a, c, d, e = _four_taps(row, x, y, H, W, reads, sy, sx, ACC, INDEX)
         channel = (level * SIDE * SIDE + s).to(tl.int64) * gsc
         g = widen(tl.load(from_grad + channel[None, :], mask=reads, other=0.0), ACC)
-        along_x += tl.sum(g * ((c - a) * (1 - fy) + (e - d) * fy), axis=1) * (1 / 2**level)
-        along_y += tl.sum(g * ((d - a) * (1 - fx) + (e - c) * fx), axis=1) * (1 / 2**level)
+        slope_x, slope_y = slope(a, c, d, e, fx, fy)
+        along_x += tl.sum(g * slope_x, axis=1) * (1 / 2**level)
+        along_y += tl.sum(g * slope_y, axis=1) * (1 / 2**level)
     to = grad_coords + b * 2 * pixels + p
     tl.store(to, along_x, mask=i < count)
     tl.store(to + pixels, along_y, mask=i < count)
@@ -366,12 +378,9 @@ def _blend(
     for level in tl.static_range(LEVELS):
         H, W = sizes[2 * level], sizes[2 * level + 1]
         _, _, _, fx, fy = _centre(coords, b, p, pixels, H, W, i < count, level, RADIUS, ACC)
-        fx, fy = fx[:, None], fy[:, None]
         patch = patches + ((i * LEVELS + level) * (N * N))[:, None] + (s % SIDE * N + s // SIDE)[None, :]
-        value = tl.load(patch, mask=mask, other=0.0) * ((1 - fx) * (1 - fy))
-        value += tl.load(patch + 1, mask=mask, other=0.0) * (fx * (1 - fy))
-        value += tl.load(patch + N, mask=mask, other=0.0) * ((1 - fx) * fy)
-        value += tl.load(patch + N + 1, mask=mask, other=0.0) * (fx * fy)
+        a, c, d, e = _patch_taps(patch, mask, N)
+        value = blend(a, c, d, e, fx, fy)
         to = out + (i * (LEVELS * SIDE * SIDE) + level * SIDE * SIDE)[:, None] + s[None, :]
         tl.store(to, narrow(value, out.dtype.element_ty), mask=mask)
 
@@ -394,16 +403,13 @@ def _patch_slopes(
         H, W = sizes[2 * level], sizes[2 * level + 1]
         reaches, _, _, fx, fy = _centre(coords, b, p, pixels, H, W, i < count, level, RADIUS, ACC)
         mask = reaches[:, None] & (s < SIDE * SIDE)[None, :]
-        fx, fy = fx[:, None], fy[:, None]
         patch = patches + ((i * LEVELS + level) * (N * N))[:, None] + (s % SIDE * N + s // SIDE)[None, :]
-        a = tl.load(patch, mask=mask, other=0.0)
-        c = tl.load(patch + 1, mask=mask, other=0.0)
-        d = tl.load(patch + N, mask=mask, other=0.0)
-        e = tl.load(patch + N + 1, mask=mask, other=0.0)
+        a, c, d, e = _patch_taps(patch, mask, N)
         channel = (level * SIDE * SIDE + s).to(tl.int64) * gsc
         g = widen(tl.load(from_grad + channel[None, :], mask=mask, other=0.0), ACC)
-        along_x += tl.sum(g * ((c - a) * (1 - fy) + (e - d) * fy), axis=1) * (1 / 2**level)
-        along_y += tl.sum(g * ((d - a) * (1 - fx) + (e - c) * fx), axis=1) * (1 / 2**level)
+        slope_x, slope_y = slope(a, c, d, e, fx, fy)
+        along_x += tl.sum(g * slope_x, axis=1) * (1 / 2**level)
+        along_y += tl.sum(g * slope_y, axis=1) * (1 / 2**level)
     to = grad_coords + b * 2 * pixels + p
     tl.store(to, along_x, mask=i < count)
     tl.store(to + pixels, along_y, mask=i < count)
