@@ -127,6 +127,44 @@ def _summed(samples: torch.Tensor, lists: Readers, like: torch.Tensor) -> torch.
 
 
 @triton.jit
+def _landing(flows, errors, frame, size, p, py, px, valid, H, W, ACC: tl.constexpr):
+    """Errors [P,1] of pixels [P] in a reference, and where their flows lead, as ``cell`` says."""
+    u = tl.load(flows + frame * 2 * size + p, mask=valid, other=0.0)
+    v = tl.load(flows + (frame * 2 + 1) * size + p, mask=valid, other=0.0)
+    e = tl.load(errors + frame * size + p, mask=valid, other=0.0)[:, None]
+    near, x0, y0, fx, fy = cell(px.to(ACC) + u, py.to(ACC) + v, H, W)
+    return e, near & valid, x0, y0, fx, fy
+
+
+@triton.jit
+def _softmax(
+    keys, values, flows, errors, key_error, value_error, b, T, H, W, size,
+    p, py, px, valid, c, in_channels, kst, ksc, ksy, ksx, vst, vsc, vsy, vsx,
+    P: tl.constexpr, CB: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Over the references of an item: the largest logits, the sums of weights and of weighted contents."""
+    largest = tl.full([P, CB], float("-inf"), ACC)
+    total = tl.zeros([P, CB], ACC)
+    mean = tl.zeros([P, CB], ACC)
+    for t in range(T):
+        e, near, x0, y0, fx, fy = _landing(flows, errors, b * T + t, size, p, py, px, valid, H, W, ACC)
+        key = keys + t * kst
+        value = values + t * vst
+        k0, k1, k2, k3 = four_taps(key, near, x0, y0, c * ksc, in_channels, H, W, ksy, ksx, ACC, INDEX)
+        v0, v1, v2, v3 = four_taps(value, near, x0, y0, c * vsc, in_channels, H, W, vsy, vsx, ACC, INDEX)
+        logit = blend(k0, k1, k2, k3, fx, fy) + e * key_error[None, :]
+        content = blend(v0, v1, v2, v3, fx, fy) + e * value_error[None, :]
+        now = tl.maximum(largest, logit)
+        reference = tl.where(now == float("-inf"), 0.0, now)  # only infinitely small logits so far
+        keep = tl.exp(largest - reference)
+        weight = tl.exp(logit - reference)
+        total = total * keep + weight
+        mean = mean * keep + weight * content
+        largest = now
+    return largest, total, mean
+
+
+@triton.jit
 def _forward(
     features, keys, values, flows, errors, key_error_weight, value_error_weight, value_bias, out,
     T, C, H, W, splits, pixel_blocks,
@@ -144,29 +182,10 @@ def _forward(
     in_channels = c < C
     key_error = tl.load(key_error_weight + c, mask=in_channels, other=0.0)
     value_error = tl.load(value_error_weight + c, mask=in_channels, other=0.0)
-    largest = tl.full([P, CB], float("-inf"), ACC)
-    total = tl.zeros([P, CB], ACC)
-    mean = tl.zeros([P, CB], ACC)
-    for t in range(T):
-        frame = b * T + t
-        u = tl.load(flows + frame * 2 * size + p, mask=valid, other=0.0)
-        v = tl.load(flows + (frame * 2 + 1) * size + p, mask=valid, other=0.0)
-        e = tl.load(errors + frame * size + p, mask=valid, other=0.0)[:, None]
-        near, x0, y0, fx, fy = cell(px.to(ACC) + u, py.to(ACC) + v, H, W)
-        near = near & valid
-        key = keys + b * ksb + t * kst
-        value = values + b * vsb + t * vst
-        k0, k1, k2, k3 = four_taps(key, near, x0, y0, c * ksc, in_channels, H, W, ksy, ksx, ACC, INDEX)
-        v0, v1, v2, v3 = four_taps(value, near, x0, y0, c * vsc, in_channels, H, W, vsy, vsx, ACC, INDEX)
-        logit = blend(k0, k1, k2, k3, fx, fy) + e * key_error[None, :]
-        content = blend(v0, v1, v2, v3, fx, fy) + e * value_error[None, :]
-        now = tl.maximum(largest, logit)
-        reference = tl.where(now == float("-inf"), 0.0, now)  # only infinitely small logits so far
-        keep = tl.exp(largest - reference)
-        weight = tl.exp(logit - reference)
-        total = total * keep + weight
-        mean = mean * keep + weight * content
-        largest = now
+    largest, total, mean = _softmax(
+        keys + b * ksb, values + b * vsb, flows, errors, key_error, value_error, b, T, H, W, size,
+        p, py, px, valid, c, in_channels, kst, ksc, ksy, ksx, vst, vsc, vsy, vsx, P, CB, ACC, INDEX,
+    )  # fmt: skip
     mask = valid[:, None] & in_channels[None, :]
     address = features + b * fsb + (py * fsy + px * fsx)[:, None] + (c * fsc)[None, :]
     own = widen(tl.load(address, mask=mask, other=0.0), ACC)
@@ -199,40 +218,17 @@ def _backward(
     address = grad + b * gsb + (py * gsy + px * gsx)[:, None] + (c * gsc)[None, :]
     g = widen(tl.load(address, mask=mask, other=0.0), ACC)
     # First the softmax and its mean, then the references once more, mostly out of the cache.
-    largest = tl.full([P, CB], float("-inf"), ACC)
-    total = tl.zeros([P, CB], ACC)
-    mean = tl.zeros([P, CB], ACC)
-    for t in range(T):
-        frame = b * T + t
-        u = tl.load(flows + frame * 2 * size + p, mask=valid, other=0.0)
-        v = tl.load(flows + (frame * 2 + 1) * size + p, mask=valid, other=0.0)
-        e = tl.load(errors + frame * size + p, mask=valid, other=0.0)[:, None]
-        near, x0, y0, fx, fy = cell(px.to(ACC) + u, py.to(ACC) + v, H, W)
-        near = near & valid
-        key = keys + b * ksb + t * kst
-        value = values + b * vsb + t * vst
-        k0, k1, k2, k3 = four_taps(key, near, x0, y0, c * ksc, in_channels, H, W, ksy, ksx, ACC, INDEX)
-        v0, v1, v2, v3 = four_taps(value, near, x0, y0, c * vsc, in_channels, H, W, vsy, vsx, ACC, INDEX)
-        logit = blend(k0, k1, k2, k3, fx, fy) + e * key_error[None, :]
-        content = blend(v0, v1, v2, v3, fx, fy) + e * value_error[None, :]
-        now = tl.maximum(largest, logit)
-        reference = tl.where(now == float("-inf"), 0.0, now)
-        keep = tl.exp(largest - reference)
-        weight = tl.exp(logit - reference)
-        total = total * keep + weight
-        mean = mean * keep + weight * content
-        largest = now
+    largest, total, mean = _softmax(
+        keys + b * ksb, values + b * vsb, flows, errors, key_error, value_error, b, T, H, W, size,
+        p, py, px, valid, c, in_channels, kst, ksc, ksy, ksx, vst, vsc, vsy, vsx, P, CB, ACC, INDEX,
+    )  # fmt: skip
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     mean = mean / total
     key_error_sum = tl.zeros([CB], ACC)
     value_error_sum = tl.zeros([CB], ACC)
     for t in range(T):
         frame = b * T + t
-        u = tl.load(flows + frame * 2 * size + p, mask=valid, other=0.0)
-        v = tl.load(flows + (frame * 2 + 1) * size + p, mask=valid, other=0.0)
-        e = tl.load(errors + frame * size + p, mask=valid, other=0.0)[:, None]
-        near, x0, y0, fx, fy = cell(px.to(ACC) + u, py.to(ACC) + v, H, W)
-        near = near & valid
+        e, near, x0, y0, fx, fy = _landing(flows, errors, frame, size, p, py, px, valid, H, W, ACC)
         key = keys + b * ksb + t * kst
         value = values + b * vsb + t * vst
         k0, k1, k2, k3 = four_taps(key, near, x0, y0, c * ksc, in_channels, H, W, ksy, ksx, ACC, INDEX)
