@@ -44,6 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"not built to emulate CUDA: {package}")
 
 
+@pytest.fixture(params=["cpp", "pytorch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel, and where there is none: of what is not an operator with backends."""
+    if request.param == "pytorch":
+        monkeypatch.setattr(native, "PROBLEM", "for this test")
+    elif native.PROBLEM is not None:
+        pytest.skip(native.PROBLEM)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--slow`` runs the tests that build the package or need much memory."""
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")

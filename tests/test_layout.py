@@ -30,15 +30,6 @@ GIVEN = [
 ]
 
 
-@pytest.fixture(params=["cpp", "pytorch"])
-def way(request, monkeypatch):
-    """By the kernel, and where there is none."""
-    if request.param == "pytorch":
-        monkeypatch.setattr(native, "PROBLEM", "for this test")
-    elif native.PROBLEM is not None:
-        pytest.skip(native.PROBLEM)
-
-
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("arrange", GIVEN, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

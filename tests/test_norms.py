@@ -35,15 +35,6 @@ GIVEN = [
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
 
 
-@pytest.fixture(params=["cpp", "pytorch"])
-def way(request, monkeypatch):
-    """By the kernel, and where there is none."""
-    if request.param == "pytorch":
-        monkeypatch.setattr(native, "PROBLEM", "for this test")
-    elif native.PROBLEM is not None:
-        pytest.skip(native.PROBLEM)
-
-
 @pytest.fixture
 def kernel():
     if native.PROBLEM is not None:
