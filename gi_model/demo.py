@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gi_model import cli
+from gi_model.progress import progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +85,7 @@ def show_times() -> int:
 
     print("\nThe two-stream generator and its flow stage, timed for a minute:")
     times = StepTimes(Steps(references=2))
-    for _ in cli.progress(times, len(times), "timing"):
+    for _ in progress(times, len(times), "timing"):
         pass
     print(times)
     print(CLOSING, end="")
