@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gi_model import export_published, load_checkpoint, load_published
+from gi_model import cli, export_published, load_checkpoint, load_published
 from gi_model.errors import InputError
 from gi_model.evaluation import lpips_weights
 from gi_model.evaluation.lpips import LPIPS, lpips
@@ -254,3 +254,8 @@ def test_trained_weights_order_distortions(network):
         distances = [metric(image, other).item() for other in (image, slight, strong)]
     assert distances[0] == 0
     assert 0 < 2 * distances[1] < distances[2] < 1
+
+
+def test_command(tmp_path, cache, capsys):
+    assert cli.main(["fetch-lpips", str(tmp_path / "absent.tar.gz")]) == 2
+    assert "absent.tar.gz does not exist" in capsys.readouterr().err
