@@ -19,7 +19,8 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``gi-model`` with command-line ``arguments``; return its exit code."""
     options = build_parser().parse_args(arguments)
-    return guarded("gi-model", lambda: options.run(options), extra=options.extra)
+    left = getattr(options, "left", "nothing was written")
+    return guarded("gi-model", lambda: options.run(options), left, options.extra)
 
 
 def build_parser() -> argparse.ArgumentParser:

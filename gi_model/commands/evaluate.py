@@ -1,0 +1,277 @@
+"""Measure a generator on a validation set as published: SSIM, LPIPS, FID and their combination, and PSNR, of
+raw predictions and of predictions stitched into the image, over all images and per share that is masked.
+
+Writes results.csv, results.json and cases.html, a page of the best and worst images. A stopped run goes on
+where it was if it is started again, with the same result. Several GPUs: torchrun --nproc-per-node N
+--no-python gi-model evaluate ...; the result is that of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gi_model.errors import InputError
+from gi_model.progress import progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from gi_model.data.validation import ValidationSet
+    from gi_model.evaluation.filling import Filler
+    from gi_model.evaluation.images import Measures
+    from gi_model.evaluation.page import Case
+    from gi_model.evaluation.report import Result
+
+NAME = "evaluate"
+SUMMARY = "measure a generator on a validation set: SSIM, LPIPS, FID, PSNR"
+EXTRA = "evaluation"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument
+    add(
+        "--checkpoint", required=True, metavar="FILE", help="weights of a generator, such as a released .ckpt"
+    )
+    add("--data", required=True, metavar="DIR", help="a folder in the published format, or a list of files")
+    add("--config", default="ours", metavar="NAME", help="of the checkpoint: a name or a file (default ours)")
+    add("--references", type=int, nargs="+", default=[2, 4], metavar="N", help="of each image (default 2 4)")
+    add("--flow-checkpoint", metavar="FILE", help="weights of RAFT, where the checkpoint holds none")
+    add(
+        "--flow",
+        choices=("raft", "dis"),
+        default="raft",
+        help="dis needs no weights, but is not as published",
+    )
+    add("--lpips", nargs="+", metavar="FILE", help="weights of VGG16 and heads (default: of fetch-lpips)")
+    add("--inception", metavar="FILE", help="for FID: pt_inception-2015-12-05-6726825d.pth")
+    add("-o", "--output", default="evaluation", metavar="DIR", help="where to write (default evaluation)")
+    add("--restart", action="store_true", help="forget what an earlier run has measured in --output")
+    add("--batch-size", type=int, default=8, metavar="N", help="images at once (default 8)")
+    add("--multiple", type=int, metavar="N", help="pad images, mirrored, to multiples of N pixels")
+    add("--device", metavar="NAME", help="such as cuda or cpu (default: a GPU if there is one)")
+    add("--workers", type=int, default=4, metavar="N", help="processes that read images (default 4)")
+    add("--cases", type=int, default=4, metavar="N", help="best and worst images on the page (default 4)")
+    add(
+        "--legacy-names",
+        action="store_true",
+        help="name the first data set two and the second four whatever they hold, as the published code does",
+    )
+    parser.set_defaults(left="what was measured is kept, start again to go on")
+
+
+def run(options: argparse.Namespace) -> int:
+    """``gi-model evaluate``."""
+    from gi_model.data.validation import ValidationSet
+    from gi_model.evaluation.filling import load_filler
+    from gi_model.evaluation.images import batches_of, measure
+    from gi_model.evaluation.journal import Journal
+
+    for name in ("batch_size", "multiple"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if len(set(options.references)) != len(options.references):
+        raise InputError(f"--references: expected each number once, got {options.references}")
+    sets = {n: ValidationSet(options.data, n, multiple=options.multiple) for n in options.references}
+    measures, weights, not_computed = load_measures(options.lpips, options.inception)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(options.device)
+    settings = _settings(options, sets[options.references[0]], weights)
+    output = Path(options.output)
+    barrier = _barrier(world)
+    filler = load_filler(options.config, options.checkpoint, options.flow_checkpoint, options.flow, device)
+    for metric in (measures.lpips, measures.inception):
+        if metric is not None:
+            metric.to(device)
+
+    if options.restart and rank:  # the first process forgets, before the others look
+        barrier()
+    journals = {
+        n: Journal(output / "measured" / f"{n}-references", settings, options.restart and not rank)
+        for n in sets
+    }
+    if options.restart and not rank:
+        barrier()
+    batches = batches_of(next(iter(sets.values())), options.batch_size)
+    for n, samples in sets.items():
+        own = [batch if i % world == rank else range(0) for i, batch in enumerate(batches)]
+        left = sum(1 for i, batch in enumerate(own) if len(batch) and not journals[n].has(i))
+        done = measure(filler, samples, measures, journals[n], own, device, options.workers)
+        for _ in progress(done, left, f"{n} references"):
+            pass
+    barrier()
+    if rank == 0:
+        measured = {n: journals[n].read(len(batches)) for n in sets}
+        _report(options, output, measured, not_computed, settings)
+        _write_cases(options, output, sets, measured, filler, device)
+    barrier()
+    return 0
+
+
+def load_measures(
+    lpips_files: list[str] | None, inception_file: str | None
+) -> tuple[Measures, dict[str, str | None], dict[str, str]]:
+    """What can be measured, hashes of its weights, and what cannot be measured and why.
+
+    Raises:
+        InputError: files that were named do not fit. Without names, weights that are missing are no error.
+    """
+    from gi_model.evaluation.images import Measures
+    from gi_model.evaluation.inception import inception
+    from gi_model.evaluation.journal import digest
+    from gi_model.evaluation.lpips import lpips
+    from gi_model.evaluation.lpips_weights import cached_name
+
+    measures, not_computed = Measures(), {}
+    files = [Path(file) for file in lpips_files or [str(cached_name("vgg16"))]]
+    if lpips_files or files[0].is_file():
+        measures.lpips = lpips("vgg16", files)
+    else:
+        not_computed["lpips"] = "no weights: run `gi-model fetch-lpips`, or give --lpips"
+    if inception_file:
+        measures.inception = inception(inception_file)
+    else:
+        not_computed["fid"] = "no weights: give --inception"
+        not_computed["ssim_fid100_f1"] = "needs fid"
+    if measures.lpips is None or measures.inception is None:
+        missing = [name for name in ("lpips", "fid") if name in not_computed]
+        not_computed["lpips_fid100_f1"] = f"needs {' and '.join(missing)}"
+    hashes = {
+        "lpips": " ".join(digest(file) for file in files) if measures.lpips else None,
+        "inception": digest(inception_file) if inception_file else None,
+    }
+    return measures, hashes, not_computed
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    try:
+        if name is None:
+            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device: {name!r} cannot be used: {error}") from error
+
+
+def _barrier(world: int) -> Callable[[], object]:
+    """A function that waits until all processes have called it."""
+    if world == 1:
+        return lambda: None
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    return dist.barrier
+
+
+def _settings(
+    options: argparse.Namespace, samples: ValidationSet, weights: dict[str, str | None]
+) -> dict[str, Any]:
+    """All that results depend on but for the number of references."""
+    from gi_model.evaluation.journal import digest
+
+    files = "\n".join(
+        f"{t.mask.name} {t.mask.stat().st_size} {t.image.stat().st_size}" for t in samples.targets
+    )
+    config = Path(options.config)
+    return {
+        "data": hashlib.sha256(files.encode()).hexdigest(),
+        "config": digest(config) if config.is_file() else options.config,
+        "checkpoint": digest(options.checkpoint),
+        "flow": options.flow,
+        "flow_checkpoint": digest(options.flow_checkpoint) if options.flow_checkpoint else None,
+        "batch_size": options.batch_size,
+        "multiple": options.multiple,
+        **weights,
+    }
+
+
+def _report(
+    options: argparse.Namespace,
+    output: Path,
+    measured: dict[int, dict[str, np.ndarray]],
+    not_computed: dict[str, str],
+    settings: dict[str, Any],
+) -> None:
+    from gi_model.evaluation.images import scores_of
+    from gi_model.evaluation.report import Result, print_results, write_csv, write_json
+    from gi_model.evaluation.scores import TOTAL, bin_index, bin_names, reference_key
+
+    results: list[Result] = []
+    for place, (n, numbers) in enumerate(measured.items()):
+        key = reference_key(n)
+        if options.legacy_names:
+            key = ("two", "four")[place] if place < 2 else str(place)
+        index, names = bin_index(numbers["area"]), bin_names()
+        images = {TOTAL: len(index)} | {name: int((index == i).sum()) for i, name in enumerate(names)}
+        present = {group: count for group, count in images.items() if count}
+        results.append(Result(key, n, present, scores_of(numbers)))
+    print_results(results, not_computed)
+    write_csv(output / "results.csv", results)
+    write_json(output / "results.json", results, not_computed, settings)
+    print(f"wrote {output / 'results.csv'}, {output / 'results.json'}")
+
+
+def _write_cases(
+    options: argparse.Namespace,
+    output: Path,
+    sets: dict[int, ValidationSet],
+    measured: dict[int, dict[str, np.ndarray]],
+    filler: Filler,
+    device: torch.device,
+) -> None:
+    import numpy as np
+
+    from gi_model.evaluation.page import write_page
+
+    sections = []
+    for n, samples in sets.items() if options.cases > 0 else ():
+        numbers = measured[n]
+        by, sign = ("lpips", 1) if "stitched/lpips" in numbers else ("ssim", -1)
+        order = np.argsort(sign * numbers[f"stitched/{by}"], kind="stable")
+        masked = [int(i) for i in order if numbers["area"][i] > 0]
+        for what, chosen in (("worst", masked[::-1]), ("best", masked)):
+            cases = [_case(samples, i, numbers, filler, device) for i in chosen[: options.cases]]
+            sections.append((f"{n} references: {what} by {by}, stitched", cases))
+    if sections:
+        write_page(output / "cases.html", f"{options.checkpoint} on {options.data}", sections)
+        print(f"wrote {output / 'cases.html'}")
+
+
+def _case(
+    samples: ValidationSet, index: int, numbers: dict[str, np.ndarray], filler: Filler, device: torch.device
+) -> Case:
+    import torch
+
+    from gi_model.evaluation.images import PER_IMAGE, channels_first
+    from gi_model.evaluation.page import Case, tinted
+
+    loaded = {name: torch.from_numpy(value)[None] for name, value in samples[index].items()}
+    images, masks, srcs, srcs_masks = channels_first(loaded, device)
+    predicted = filler(images, masks, srcs, srcs_masks)
+    stitched = masks * predicted + (1 - masks) * images
+
+    def picture(tensor: torch.Tensor) -> np.ndarray:
+        return tensor.float().movedim(-3, -1).cpu().numpy()
+
+    hidden = picture(srcs_masks[0])[..., 0]
+    references = [
+        (f"reference {t + 1}", tinted(frame, hidden[t])) for t, frame in enumerate(picture(srcs[0]))
+    ]
+    truth = picture(images[0])
+    pictures = [("masked", tinted(truth, picture(masks[0])[..., 0])), *references]
+    pictures += [("raw", picture(predicted[0])), ("stitched", picture(stitched[0])), ("truth", truth)]
+    shown = [f"{numbers['area'][index]:.0%} masked"]
+    for score in PER_IMAGE:
+        if f"stitched/{score}" in numbers:
+            shown.append(f"{score} {numbers[f'stitched/{score}'][index]:.4f}")
+    return Case(samples.targets[index].image.name, ", ".join(shown), pictures)

@@ -1,0 +1,135 @@
+"""Scores as a table, as CSV and as JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gi_model.evaluation.scores import TOTAL, Scores, published_names
+
+
+@dataclass
+class Result:
+    """Scores of one data set.
+
+    Attributes:
+        key: in published names, such as ``two``.
+        references: of each image.
+        images: per group, how many.
+        scores: per evaluator.
+    """
+
+    key: str
+    references: int
+    images: dict[str, int]
+    scores: dict[str, Scores]
+
+
+def print_results(results: list[Result], not_computed: Mapping[str, str]) -> None:
+    """A table per data set and evaluator, then what could not be computed and why."""
+    console = Console(width=None if Console().is_terminal else 120)
+    for result in results:
+        for evaluator, scores in result.scores.items():
+            table = Table(title=f"{result.references} references, {evaluator}", title_justify="left")
+            table.add_column("masked")
+            table.add_column("images", justify="right")
+            columns = _columns(scores)
+            for score, statistic in columns:
+                title = score if statistic == "mean" else "±"
+                table.add_column(title, justify="right", min_width=6)
+            for group in _groups(result):
+                values = [scores[s].get(group, {}).get(statistic, math.nan) for s, statistic in columns]
+                shown = ["" if math.isnan(value) else f"{value:.4f}" for value in values]
+                name = "all" if group == TOTAL else group
+                table.add_row(name, str(result.images[group]), *shown, end_section=_last_bin(result, group))
+            console.print(table)
+    for name, why in not_computed.items():
+        console.print(f"not computed: {name} ({why})", highlight=False)
+
+
+def write_csv(path: Path, results: list[Result]) -> None:
+    """A row per data set, evaluator and group; columns in the order of the scores; empty where undefined."""
+    columns: dict[tuple[str, str], None] = {}
+    for result in results:
+        for scores in result.scores.values():
+            columns |= dict.fromkeys(_columns(scores))
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        titles = [f"{score}_{statistic}" for score, statistic in columns]
+        writer.writerow(["data_set", "references", "evaluator", "masked", "images", *titles])
+        for result in results:
+            for evaluator, scores in result.scores.items():
+                for group in _groups(result):
+                    values = [scores.get(s, {}).get(group, {}).get(statistic) for s, statistic in columns]
+                    cells = ["" if v is None or math.isnan(v) else repr(v) for v in values]
+                    row = [result.key, result.references, evaluator, group, result.images[group]]
+                    writer.writerow([*row, *cells])
+
+
+def write_json(
+    path: Path, results: list[Result], not_computed: Mapping[str, str], settings: Mapping[str, Any]
+) -> None:
+    """All scores, also under their published names; undefined ones are null, infinite ones ``"inf"``."""
+    tree = {
+        "settings": settings,
+        "not_computed": not_computed,
+        "data_sets": {
+            result.key: {"references": result.references, "images": result.images, "scores": result.scores}
+            for result in results
+        },
+        "published_names": {
+            name: value
+            for result in results
+            for evaluator, scores in result.scores.items()
+            for name, value in published_names(scores, evaluator, result.key).items()
+        },
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(_plain(tree), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes ``path`` if all goes well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _columns(scores: Scores) -> list[tuple[str, str]]:
+    return [(score, statistic) for score, groups in scores.items() for statistic in groups[TOTAL]]
+
+
+def _groups(result: Result) -> list[str]:
+    """Bins from small to large masks, then the total."""
+    bins = [group for group in result.images if group != TOTAL]
+    return [*sorted(bins, key=lambda group: float(group.split("-")[0])), TOTAL]
+
+
+def _last_bin(result: Result, group: str) -> bool:
+    groups = _groups(result)
+    return len(groups) > 1 and group == groups[-2]
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with what JSON has no numbers for replaced."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value
