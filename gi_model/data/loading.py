@@ -1,0 +1,33 @@
+"""Batches from samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def loader(
+    dataset: Dataset, draws: Sampler, batch_size: int, workers: int = 0, pinned: bool | None = None
+) -> DataLoader[dict[str, Any]]:
+    """Batches of ``dataset`` in the order of ``draws``; the last one may be small.
+
+    Args:
+        workers: processes that make samples; 0: this one.
+        pinned: whether batches lie in page-locked memory; where there is a GPU by default.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=draws,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available() if pinned is None else pinned,
+        worker_init_fn=_alone,
+    )
+
+
+def _alone(worker: int) -> None:
+    """One thread per worker: there are as many workers as cores for them."""
+    cv2.setNumThreads(0)

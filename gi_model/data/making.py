@@ -1,0 +1,62 @@
+"""Makes validation sets in the published format from any photos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from gi_model.data.photos import PATIENCE, Photos, read_photo
+from gi_model.errors import InputError
+
+LIST = "filelist.txt"
+
+
+def make_validation(photos: Photos, folder: Path, count: int) -> Iterator[int]:
+    """Write ``count`` samples into ``folder``, which is made; yield the number of each when it is written.
+
+    Per sample ``image_XXXXXX.png``, ``image_XXXXXX_mask.png``, and per reference
+    ``image_XXXXXX_src_YYYYYY.png`` and ``image_XXXXXX_src_YYYYYY_m.png``; masks are 255 where pixels are
+    missing, pictures are whole. ``filelist.txt`` names all of them, relative to the folder. Photos take
+    turns; those that cannot be read are left out. The same photos and seed give the same files.
+
+    Raises:
+        InputError: ``folder`` exists, or too few photos can be read.
+        OSError: what the file system answers; the folder is then left as far as it was written.
+    """
+    if folder.exists():
+        raise InputError(f"-o: {folder} exists; name a new folder")
+    folder.mkdir()
+    names: list[str] = []
+    failures = 0
+    photo_index = 0
+    for number in range(count):
+        photo = None
+        while photo is None:
+            path = photos.paths[photo_index % len(photos)]
+            photo = read_photo(path)
+            photo_index += 1
+            failures = 0 if photo is not None else failures + 1
+            if failures >= min(PATIENCE, len(photos)):
+                raise InputError(f"PHOTOS: {failures} in a row cannot be read, the last is {path}")
+        frames, masks = photos.frames(photo, np.random.default_rng((photos.seed, number)), number)
+        stem = f"image_{number:06d}"
+        pictures = {f"{stem}_mask.png": masks[0], f"{stem}.png": frames[0]}
+        for i in range(photos.references):
+            pictures[f"{stem}_src_{i:06d}_m.png"] = masks[1 + i]
+            pictures[f"{stem}_src_{i:06d}.png"] = frames[1 + i]
+        for name, picture in pictures.items():
+            _write(folder / name, picture)
+        names += pictures
+        yield number
+    (folder / LIST).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+def _write(path: Path, picture: np.ndarray) -> None:
+    """A PNG of an RGB image or of a mask."""
+    if picture.ndim == 3:
+        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    _, data = cv2.imencode(".png", picture)
+    path.write_bytes(data.tobytes())
