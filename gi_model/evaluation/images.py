@@ -77,7 +77,7 @@ def measure(
         workers: processes that read images.
     """
     left = [i for i, batch in enumerate(batches) if len(batch) and not journal.has(i)]
-    loader = DataLoader(samples, batch_sampler=[batches[i] for i in left], num_workers=workers)  # type: ignore[arg-type]
+    loader = DataLoader(samples, batch_sampler=[list(batches[i]) for i in left], num_workers=workers)
     loaded = iter(loader)
     for number in left:
         try:

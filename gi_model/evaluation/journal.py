@@ -52,9 +52,10 @@ class Journal:
         """Keep what was measured of ``batch``; the first axis of every array is that of the images."""
         path = self._path(batch)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        arrays: dict[str, Any] = dict(measured)
         try:
             with temporary.open("wb") as file:
-                np.savez(file, **dict(measured))
+                np.savez(file, **arrays)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
