@@ -23,7 +23,7 @@ import gi_model  # noqa: E402
 from gi_model import cli, demo, video  # noqa: E402
 from gi_model.flow import DISFlow  # noqa: E402
 from gi_model.metrics import MaskedQuality, similarity_map  # noqa: E402
-from gi_model.propagation import Propagator, inpaint_frame  # noqa: E402
+from gi_model.propagation import Propagator, VisibilityPolicy, inpaint_frame  # noqa: E402
 from gi_model.propagation.neighbours import affine_motion, connect, continue_flow  # noqa: E402
 from gi_model.propagation.sampling import sample_colour, sample_maps  # noqa: E402
 from gi_model.sheet import HEADING, LINE, Sheet  # noqa: E402
@@ -200,7 +200,7 @@ def test_small_frames(size):
 
 
 def test_memory_does_not_grow_with_the_clip():
-    """Frames are read at most ``radius`` ahead of the one that is yielded."""
+    """Frames are read at most a window and a block ahead of the one that is yielded."""
     read = 0
 
     def frames():
@@ -210,8 +210,9 @@ def test_memory_does_not_grow_with_the_clip():
             yield np.zeros((40, 40, 3), np.uint8)
 
     mask = np.zeros((40, 40), bool)
-    for index, _ in enumerate(Propagator(radius=4).run(frames(), iter([mask] * 30))):
-        assert read <= min(30, index + 6)
+    propagator = Propagator(radius=4, policy=VisibilityPolicy(block=3))
+    for index, _ in enumerate(propagator.run(frames(), iter([mask] * 30))):
+        assert read <= min(30, index + 4 + 3)
 
 
 def test_wrong_masks_for_the_propagator():
@@ -248,16 +249,15 @@ def gi_kernels_warp(maps, flow):
 
 def test_colours_are_sharper_than_bilinear_ones():
     image = plane(40, 60)
-    box = slice(8, 32), slice(10, 50)
-    at = np.zeros((1, 2, 24, 40), np.float32)
-    assert np.allclose(
-        sample_colour(image, torch.from_numpy(at), box), np.moveaxis(image[box], 2, 0), atol=1e-3
-    )
-    at[:, 0], at[:, 1] = 2.5, -3
-    found = sample_colour(image, torch.from_numpy(at), box)[0].numpy().transpose(1, 2, 0)
+    y, x = np.mgrid[8:32, 10:50].astype(np.float32)
+    assert np.allclose(sample_colour(image, x, y), image[8:32, 10:50], atol=1e-3)
+    found = sample_colour(image, x + np.float32(2.5), y - 3)
     line = image.astype(np.float32)[5:29]
     cubic = (-line[:, 11:51] + 9 * line[:, 12:52] + 9 * line[:, 13:53] - line[:, 14:54]) / 16
     assert np.allclose(found, cubic.clip(0, 255), atol=1e-2)
+    deep = image.astype(np.uint16) * 257
+    assert np.allclose(sample_colour(deep, x + np.float32(2.5), y - 3), found, atol=1e-2)
+    assert np.allclose(sample_colour(image, x - 900, y), image[8:32, :1], atol=1e-3), "the nearest pixel"
 
 
 # The command

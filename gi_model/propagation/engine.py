@@ -4,146 +4,284 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import cv2
 import numpy as np
-import torch
 
 from gi_model.flow import DISFlow, FlowEstimator
-from gi_model.propagation.neighbours import connect, dilate
-from gi_model.propagation.sampling import Box, bounding_box, sample_colour, sample_maps
+from gi_model.propagation.chains import Chains, Link
+from gi_model.propagation.fusion import RIM, Fusion, rim_correction
+from gi_model.propagation.neighbours import dilate
+from gi_model.propagation.policy import Policy, VisibilityPolicy
+from gi_model.propagation.sampling import (
+    Box,
+    Enlarger,
+    bounding_box,
+    from_levels,
+    look_up,
+    regions,
+    sample_colour,
+    to_levels,
+)
+from gi_model.propagation.stages import Stages
+from gi_model.propagation.stream import Frame, Stream
 
 F = TypeVar("F")
 
-# Accumulated forward-backward error, in pixels, at which a candidate's weight has halved.
-ERROR_SCALE = 0.5
-# Accumulated error, in pixels, beyond which a candidate is rejected.
-ERROR_LIMIT = 10.0
-# Pixels beside a mask that are not copied elsewhere: blurred or compressed together with what it hides.
-RIM = 1
+# Pixels of the shorter side at which flow is estimated, at most.
+FLOW_SIDE = 480
+# Width of the ring around a hole by which candidates are judged, as a share of the shorter side.
+RING = 0.04
+# Candidates in one direction after which a pixel is followed no further.
+ENOUGH = 4
+# Pixels of a hole by which the policy chooses.
+SAMPLED = 1000
+# Share of a hole that broken chains must lose before flow is estimated directly.
+LOST = 0.1
 
 
-@dataclass
-class _Frame:
-    image: np.ndarray  # [H,W,3] uint8; the hole is filled by inpainting
-    mask: np.ndarray  # [H,W] bool
-    visible: torch.Tensor  # [1,1,H,W]: 1 where pixels may be taken from, else 0
-    # [1,3,H,W]: flow to the next and the previous frame and its error, once they were needed.
-    forward: torch.Tensor | None = None
-    backward: torch.Tensor | None = None
+class Finished(Protocol):
+    """Keeps finished frames, so that a run that was cut off can go on."""
+
+    def get(self, index: int) -> np.ndarray | None:
+        """The finished frame, or None if it has to be made."""
+        ...
+
+    def put(self, index: int, image: np.ndarray) -> None:
+        """Keep a finished frame."""
+        ...
 
 
 class Propagator:
-    """Repairs frames in order, looking at most ``radius`` frames back and ahead.
+    """Repairs the frames of a clip, each from at most ``radius`` frames before and after it.
 
     For each masked pixel the flow is followed from frame to frame, as a composition, so that a colour
-    is sampled once, from an original frame: the nearest one that sees it, in either direction. The two
-    are weighted by the forward-backward error gathered on the way. What no frame sees is inpainted.
-    Pixels outside the mask are returned as they came; those inside are never looked at.
+    is sampled once, from an original frame. Frames that show it are weighed by how well the flow agrees
+    with itself on the way and by how well they match the picture around the hole, and blended. What
+    no frame shows is inpainted in one frame of a block, where most is missing, and carried to the
+    others. Pixels outside the mask are returned as they came; those inside are never looked at. Scene
+    cuts are found and not crossed.
 
-    Memory is that of ``2 * radius + 1`` frames, whatever the length of the clip.
+    Memory is that of ``2 * radius + policy.block`` frames, whatever the length of the clip. A result
+    depends on the frames and masks alone.
+
+    Example:
+        >>> import numpy as np
+        >>> clip = [np.full((48, 64, 3), 90, np.uint8) for _ in range(3)]
+        >>> masks = [np.zeros((48, 64), bool) for _ in clip]
+        >>> masks[1][10:20, 10:20] = True
+        >>> clip[1][10:20, 10:20] = 255
+        >>> for frame in Propagator(radius=2).run(clip, masks):
+        ...     print(frame.shape, frame.max())
+        (48, 64, 3) 90
+        (48, 64, 3) 90
+        (48, 64, 3) 90
 
     Args:
         estimator: optical flow; OpenCV's DIS by default.
+        policy: the choice of keyframes and references; see :class:`VisibilityPolicy`.
         radius: how many frames to look back and ahead.
 
     Attributes:
-        masked, unseen: masked pixels so far, and those of them that no frame showed.
+        masked, unseen: masked pixels so far, and those of them that no frame showed; frames that were
+            already finished are not counted.
+        stages: seconds spent so far, by stage.
     """
 
-    def __init__(self, estimator: FlowEstimator | None = None, radius: int = 15) -> None:
+    def __init__(
+        self, estimator: FlowEstimator | None = None, *, policy: Policy | None = None, radius: int = 15
+    ) -> None:
         if radius < 1:
             raise ValueError(f"radius: expected at least 1, got {radius}")
         self.estimator = estimator or DISFlow()
+        self.policy = policy or VisibilityPolicy()
         self.radius = radius
         self.masked = self.unseen = 0
+        self.stages = Stages()
 
-    def run(self, frames: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    def run(
+        self,
+        frames: Iterable[np.ndarray],
+        masks: Iterable[np.ndarray],
+        *,
+        finished: Finished | None = None,
+    ) -> Iterator[np.ndarray]:
         """Yield repaired frames in order.
 
+        At most ``radius + policy.block`` frames beyond the one that is yielded are read, and a few more
+        where a scene seems to end.
+
         Args:
-            frames: ``[H,W,3]`` uint8 RGB images of one size.
+            frames: ``[H,W,3]`` uint8 or uint16 RGB images of one size.
             masks: ``[H,W]`` bool, true where a pixel is to be repaired; at least one per frame.
+            finished: asked for every frame before it is made, and given it afterwards.
 
         Raises:
+            TypeError: frames of another type.
             ValueError: a mask is missing or of another size than its frame.
         """
-        prepared = (_prepared(image, mask) for image, mask in with_masks(frames, masks))
-        for window, centre in windows(prepared, self.radius):
-            yield self._repair(window, centre)
+        stream = Stream(self.stages.iterate("read", with_masks(frames, masks)), FLOW_SIDE)
+        results: dict[int, np.ndarray] = {}  # of the block, and the last one before it
+        with Chains(stream, self.estimator, self.stages) as chains:
+            for block in self._blocks(stream):
+                self._repair(chains, block, results, finished)
+                for index in block:
+                    yield results[index]
+                results = {block[-1]: results[block[-1]]}
+                stream.forget(block.stop - self.radius)
 
-    def _repair(self, window: deque[_Frame], centre: int) -> np.ndarray:
-        frame = window[centre]
-        if not frame.mask.any():
-            return frame.image
-        box = bounding_box(frame.mask)
-        hole = torch.from_numpy(frame.mask[box])[None, None]
-        total = torch.zeros(1, 3, *hole.shape[2:])
-        weight = torch.zeros(1, 1, *hole.shape[2:])
-        for step in (1, -1):
-            self._follow(window, centre, step, box, hole, total, weight)
-        seen = hole & (weight > 0)
-        colour = (total / weight.clamp(min=1e-12)).round().clamp(0, 255).byte()
-        image = frame.image.copy()
-        np.copyto(image[box], colour[0].permute(1, 2, 0).numpy(), where=seen[0, 0].numpy()[..., None])
-        unseen = frame.mask.copy()
-        unseen[box] &= ~seen[0, 0].numpy()
-        self.masked += int(frame.mask.sum())
-        self.unseen += int(unseen.sum())
-        return inpaint_frame(image, unseen)
+    def _blocks(self, stream: Stream) -> Iterator[range]:
+        """Frames that are finished together, of one scene, when all that they may need has been read."""
+        start = 0
+        while True:
+            with self.stages.timed("prepare"):
+                stream.read(start + self.policy.block)
+                if start not in stream:
+                    return
+                stop = start + 1
+                while stop < start + self.policy.block and stream.same_scene(stop - 1, stop):
+                    stop += 1
+                stream.read(stop + self.radius)
+            yield range(start, stop)
+            start = stop
 
-    def _follow(
-        self,
-        window: deque[_Frame],
-        centre: int,
-        step: int,
-        box: Box,
-        hole: torch.Tensor,
-        total: torch.Tensor,
-        weight: torch.Tensor,
+    def _repair(
+        self, chains: Chains, block: range, results: dict[int, np.ndarray], finished: Finished | None
     ) -> None:
-        """Add to ``total`` and ``weight`` what the frames in one direction show of the hole.
+        """Add the frames of a block to ``results``."""
+        known: dict[int, np.ndarray] = {}
+        if finished is not None:
+            known = {i: image for i in block if (image := finished.get(i)) is not None}
+        if len(known) == len(block):
+            results.update(known)
+            return
+        chains.prepare(range(block.start - 1, block.stop + self.radius))
+        # Those that are known as well: what is missing in them decides which is the keyframe.
+        drafts = [self._draft(chains, index) for index in block]
+        for place in self.policy.order([int(missing.sum()) for _, missing in drafts]):
+            index, (image, missing) = block[place], drafts[place]
+            if index in known:
+                results[index] = known[index]
+                continue
+            self.masked += int(chains.stream[index].mask.sum())
+            self.unseen += int(missing.sum())
+            results[index] = self._complete(chains, index, image, missing, results)
+            if finished is not None:
+                finished.put(index, results[index])
 
-        Everything lies on the box's grid: ``flow`` leads to the frame that has been reached.
-        """
-        reach = min(self.radius, len(window) - 1 - centre if step > 0 else centre)
-        height, width = window[centre].mask.shape
-        rows = torch.arange(box[0].start, box[0].stop)[:, None]
-        columns = torch.arange(box[1].start, box[1].stop)
-        flow = torch.zeros(1, 2, *hole.shape[2:])
-        error = torch.zeros(1, 1, *hole.shape[2:])
-        wanted = hole
-        for index in range(centre, centre + step * reach, step):
-            if not wanted.any():
-                return
-            onward = sample_maps([self._onward(window, index, step)], flow, box)
-            flow, error = flow + onward[:, :2], error + onward[:, 2:]
-            x, y = columns + flow[:, :1], rows + flow[:, 1:]
-            inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
-            wanted = wanted & inside & (error < ERROR_LIMIT)  # NaN is neither
-            frame = window[index + step]
-            # No mixtures of visible and hidden pixels.
-            found = wanted & (sample_maps([frame.visible], flow, box) > 0.999)
-            if found.any():
-                share = torch.where(found, 1 / (1 + (error / ERROR_SCALE) ** 2), 0)
-                total += share * sample_colour(frame.image, flow, box)
-                weight += share
-                wanted = wanted & ~found
+    def _draft(self, chains: Chains, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The frame with what others show of its hole, and what is still missing ``[H,W]``."""
+        frame = chains.stream[index]
+        if not frame.mask.any():
+            return frame.image, frame.mask
+        image, missing = frame.image.copy(), frame.mask.copy()
+        ring = _ring(frame.mask)
+        for box, hole in regions(frame.mask, ring):
+            around = dilate(hole, ring) & (frame.visible[box] > 0)
+            enlarger = Enlarger(box, frame.mask.shape, frame.small_mask.shape)
+            with self.stages.timed("chains"):
+                chosen = self._choose(chains, index, enlarger.small_box, enlarger.shrink(hole))
+            with self.stages.timed("fusion"):
+                fusion = Fusion(to_levels(frame.image[box]), hole, around)
+                for link in chosen:
+                    _add(fusion, chains.stream[link.index], link, enlarger)
+                colour, seen = fusion.blend()
+                image[box][seen] = from_levels(colour[seen], image.dtype)
+                missing[box] &= ~seen
+        return image, missing
 
-    def _onward(self, window: deque[_Frame], index: int, step: int) -> torch.Tensor:
-        """Flow and error from frame ``index`` of the window to its neighbour."""
-        first, second = (window[index], window[index + 1]) if step > 0 else (window[index - 1], window[index])
-        if first.forward is None or second.backward is None:
-            flows = connect(self.estimator, (first.image, second.image), (first.mask, second.mask))
-            first.forward, second.backward = flows.forward, flows.backward
-        return first.forward if step > 0 else second.backward
+    def _choose(self, chains: Chains, index: int, box: Box, hole: np.ndarray) -> list[Link]:
+        """Links to the frames from which ``hole`` is filled, on a box of the flow's grid."""
+        links = chains.follow(index, box, hole, 1, self.radius, ENOUGH)
+        links += chains.follow(index, box, hole, -1, self.radius, ENOUGH)
+        lost = hole & ~np.any([link.trusted for link in links], axis=0) if links else hole
+        every = 1 + int(hole.sum()) // SAMPLED
+        shown = {link.index: link.weight[hole][::every] for link in links}
+        chosen = set(self.policy.references(index, shown))
+        return [link for link in links if link.index in chosen] + [
+            chains.direct(index, box, other) for other in _recoverable(index, links, lost, LOST * hole.sum())
+        ]
+
+    def _complete(
+        self,
+        chains: Chains,
+        index: int,
+        image: np.ndarray,
+        missing: np.ndarray,
+        results: dict[int, np.ndarray],
+    ) -> np.ndarray:
+        """``image`` with what is missing carried from finished frames, and the rest inpainted."""
+        near = sorted(
+            (abs(other - index), other) for other in results if chains.stream.same_scene(index, other)
+        )
+        for _, other in near:
+            if missing.any():
+                image, missing = self._carry(chains, index, image, missing, other, results[other])
+        with self.stages.timed("inpaint"):
+            return inpaint_frame(image, missing)
+
+    def _carry(
+        self,
+        chains: Chains,
+        index: int,
+        image: np.ndarray,
+        missing: np.ndarray,
+        other: int,
+        source: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """``image`` with what is missing taken from the finished frame ``other``, and what that lacks."""
+        box = bounding_box(missing, _ring(missing))
+        enlarger = Enlarger(box, missing.shape, chains.stream[index].small_mask.shape)
+        step, reach = (1 if other > index else -1), abs(other - index)
+        with self.stages.timed("chains"):
+            hole = enlarger.shrink(missing[box])
+            links = chains.follow(index, enlarger.small_box, hole, step, reach, reach + 1)
+        if len(links) < reach:
+            return image, missing
+        with self.stages.timed("fusion"):
+            x, y = enlarger.positions(links[-1].flow)
+            colour = to_levels(look_up(source, x, y))
+            reached = (enlarger.map(links[-1].whole.astype(np.float32)) > 0.999) & enlarger.inside(x, y)
+            taken = missing[box] & reached
+            rim = dilate(missing[box], RIM) & ~missing[box] & reached
+            colour += rim_correction(to_levels(image[box]), colour, rim, taken)
+            image, missing = image.copy(), missing.copy()
+            image[box][taken] = from_levels(colour[taken], image.dtype)
+            missing[box] &= ~taken
+        return image, missing
 
 
-def _prepared(image: np.ndarray, mask: np.ndarray) -> _Frame:
-    visible = torch.from_numpy(~dilate(mask, RIM)).float()[None, None]
-    return _Frame(inpaint_frame(image, mask), mask, visible)
+def _ring(mask: np.ndarray) -> int:
+    """Width in pixels of the ring around a hole."""
+    return max(4, round(RING * min(mask.shape)))
+
+
+def _add(fusion: Fusion, frame: Frame, link: Link, enlarger: Enlarger) -> None:
+    """Add what a frame shows of the hole."""
+    weight = np.where(fusion.hole, enlarger.map(link.weight), 0)
+    part = fusion.part(weight)
+    if part is None:
+        return
+    x, y = enlarger.positions(link.flow, fusion.points)
+    shown = (look_up(frame.visible, x, y, sharp=False) == 255) & enlarger.inside(x, y)
+    gain, error = fusion.judge(to_levels(look_up(frame.image, x, y)), shown)
+    x, y = enlarger.positions(link.flow, part)
+    shown = (look_up(frame.visible, x, y, sharp=False) == 255) & enlarger.inside(x, y)
+    if shown.any():
+        x, y = (np.where(shown, position, position[shown][0]) for position in (x, y))
+        fusion.add(part, sample_colour(frame.image, x, y) * gain, weight[part] / error, shown)
+
+
+def _recoverable(index: int, links: list[Link], lost: np.ndarray, least: float) -> list[int]:
+    """On either side the frame that shows most of what broken chains lost, if it is enough."""
+    found = []
+    for side in (1, -1):
+        distant = [link for link in links if (link.index - index) * side > 1]
+        shows = [int((link.shown & lost).sum()) for link in distant]
+        if shows and max(shows) > least:
+            found.append(distant[int(np.argmax(shows))].index)
+    return found
 
 
 def windows(frames: Iterable[F], radius: int) -> Iterator[tuple[deque[F], int]]:
@@ -171,6 +309,8 @@ def with_masks(
     """Frames with their masks; raise ``ValueError`` where one is missing or of another size."""
     remaining = iter(masks)
     for index, image in enumerate(frames):
+        if image.dtype not in (np.uint8, np.uint16):
+            raise TypeError(f"frames: expected uint8 or uint16, got {image.dtype} at frame {index}")
         mask = next(remaining, None)
         if mask is None:
             raise ValueError(f"masks: expected one for every frame, got {index}")
@@ -183,13 +323,22 @@ def with_masks(
 
 
 def inpaint_frame(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Fill ``mask`` from the frame itself (Telea, 2004): ``[H,W,3]`` uint8, ``[H,W]`` bool.
+    """Fill ``mask`` from the frame itself (Telea, 2004): ``[H,W,3]`` uint8 or uint16, ``[H,W]`` bool.
 
     What is inside the mask has no influence. Grey where there is nothing outside.
     """
     if not mask.any():
         return image
     if mask.all():
-        return np.full_like(image, 127)
-    blank = np.where(mask[..., None], np.uint8(0), image)
-    return cv2.inpaint(blank, mask.astype(np.uint8), 3, cv2.INPAINT_TELEA)
+        return np.full_like(image, np.iinfo(image.dtype).max // 2)
+    box = bounding_box(mask, 8)  # the method looks 3 pixels far
+    blank = np.where(mask[box][..., None], image.dtype.type(0), image[box])
+    hole = mask[box].astype(np.uint8)
+    if image.dtype == np.uint8:
+        filled = cv2.inpaint(blank, hole, 3, cv2.INPAINT_TELEA)
+    else:  # OpenCV takes these one channel at a time
+        channels = [cv2.inpaint(c, hole, 3, cv2.INPAINT_TELEA) for c in np.moveaxis(blank, 2, 0).copy()]
+        filled = np.stack(channels, axis=2)
+    result = image.copy()
+    result[box] = filled
+    return result

@@ -19,6 +19,11 @@ from gi_model.propagation.sampling import bounding_box
 FAR, NEAR = (0.15, 0.06), 0.03
 # Width, as a share of the same side, of the ring around it that the motion model is fitted to.
 RING = 0.06
+# Size of the coarse flows: one over that.
+COARSE = 2
+# Motion of the camera, in pixels at the corners of the frame, below which it stands; and what the flow of
+# a resting pixel reaches all the same, by the estimator's noise.
+STILL, UNREST = 0.03, 0.3
 # Pixels of the ring used for the fit.
 FITTED = 4000
 
@@ -28,7 +33,7 @@ class Flows:
     """Flow between two frames, both ways.
 
     Attributes:
-        forward, backward: ``[1,3,H,W]`` float32: flow in pixels, x first, then its forward-backward
+        forward, backward: ``[1,3,H,W]`` float16: flow in pixels, x first, then its forward-backward
             error in pixels. ``forward`` lies on the first frame's grid, ``backward`` on the second's.
     """
 
@@ -43,24 +48,49 @@ def connect(
 
     In and around the masks the estimate is replaced by one that continues the motion around them.
     Before that, coarse flows fill the holes with what the other image shows there, so that their
-    contents move with the scene, and not with the masks, when the flow is estimated.
+    contents move with the scene, and not with the masks, when the flow is estimated. Where the camera
+    stands, what is hidden is taken to rest.
     """
     pair = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2))  # [2,3,H,W]
-    if any(mask.any() for mask in masks):
-        for margin in FAR:
-            flows = _continued(_coarse_flow(estimator, pair), masks, margin)
-            pair = _fill_from_each_other(pair, masks, flows)
-    forward, backward = _continued(estimator(pair, pair.flip(0)), masks, NEAR)
+    hidden = any(mask.any() for mask in masks)
+    still = False
+    for margin in FAR if hidden else ():
+        coarse = _coarse_flow(estimator, pair)
+        still = all(_stands(flow, mask) for flow, mask in zip(coarse, masks, strict=True))
+        inside = _stilled(coarse, masks) if still else _continued(coarse, masks, margin)
+        pair = _fill_from_each_other(pair, masks, inside)
+        if still:
+            break
+    flows = estimator(pair, pair.flip(0))
+    forward, backward = _stilled(flows, masks) if still else _continued(flows, masks, NEAR)
     return Flows(
-        torch.cat([forward, flow_consistency(forward, backward)], dim=1),
-        torch.cat([backward, flow_consistency(backward, forward)], dim=1),
+        torch.cat([forward, flow_consistency(forward, backward)], dim=1).half(),
+        torch.cat([backward, flow_consistency(backward, forward)], dim=1).half(),
     )
 
 
+def _stands(flow: torch.Tensor, mask: np.ndarray) -> bool:
+    """Whether the affine motion of what is visible of a flow [2,H,W] is none."""
+    motion = affine_motion(flow.numpy(), ~mask, floor=STILL)
+    return bool(np.abs(motion[:, [0, 0, -1, -1], [0, -1, 0, -1]]).max() < STILL)
+
+
+def _stilled(flows: torch.Tensor, masks: tuple[np.ndarray, np.ndarray]) -> list[torch.Tensor]:
+    """Both flows [2,2,H,W] without the estimator's noise, which adds up over frames: two of [1,2,H,W]."""
+    hidden = np.stack([dilate(mask, _distrust(mask, NEAR)) for mask in masks])
+    moving = (flows.norm(dim=1) > UNREST) & ~torch.from_numpy(hidden)
+    return list(torch.where(moving[:, None], flows, 0).split(1))
+
+
+def _distrust(mask: np.ndarray, margin: float) -> int:
+    """Pixels around a mask where the flow is not trusted, for a share of the shorter side."""
+    return max(2, round(margin * min(mask.shape)))
+
+
 def _coarse_flow(estimator: FlowEstimator, pair: torch.Tensor) -> torch.Tensor:
-    """Flow [2,2,H,W] of a pair [2,3,H,W] and back, estimated at half the size."""
+    """Flow [2,2,H,W] of a pair [2,3,H,W] and back, estimated at a part of the size."""
     height, width = pair.shape[2:]
-    size = (height + 1) // 2, (width + 1) // 2
+    size = -(-height // COARSE), -(-width // COARSE)
     small = F.interpolate(pair.float(), size, mode="bilinear", antialias=True).round().byte()
     flow = F.interpolate(estimator(small, small.flip(0)), (height, width), mode="bilinear")
     return flow * torch.tensor([width / size[1], height / size[0]])[:, None, None]
@@ -107,7 +137,7 @@ def continue_flow(flow: torch.Tensor, mask: np.ndarray, margin: float = NEAR) ->
     if not mask.any():
         return flow
     side = min(mask.shape)
-    distrusted = dilate(mask, max(2, round(margin * side)))
+    distrusted = dilate(mask, _distrust(mask, margin))
     ring = max(4, round(RING * side))
     flow = flow.clone()
     estimated = flow[0].numpy().copy()
@@ -127,10 +157,10 @@ def continue_flow(flow: torch.Tensor, mask: np.ndarray, margin: float = NEAR) ->
     return flow
 
 
-def affine_motion(flow: np.ndarray, around: np.ndarray, rounds: int = 8) -> np.ndarray:
+def affine_motion(flow: np.ndarray, around: np.ndarray, rounds: int = 8, floor: float = 0.1) -> np.ndarray:
     """The affine flow [2,H,W] that most of the pixels ``around`` [H,W] agree on; zero if there are few.
 
-    Least absolute deviations, by reweighted least squares.
+    Least absolute deviations, by reweighted least squares; those below ``floor`` pixels count alike.
     """
     height, width = around.shape
     y, x = np.nonzero(around & np.isfinite(flow).all(axis=0))
@@ -147,7 +177,7 @@ def affine_motion(flow: np.ndarray, around: np.ndarray, rounds: int = 8) -> np.n
     for _ in range(rounds):
         solution = np.linalg.lstsq(design * weight[:, None], values * weight[:, None], rcond=None)[0]
         deviation = np.linalg.norm(design @ solution - values, axis=1)
-        weight = 1 / np.sqrt(np.maximum(deviation, 0.1))  # pixels
+        weight = 1 / np.sqrt(np.maximum(deviation, floor))
     rows, columns = np.mgrid[:height, :width]
     return (terms(columns, rows) @ solution).transpose(2, 0, 1).astype(np.float32)
 

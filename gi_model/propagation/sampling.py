@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,67 +24,84 @@ def bounding_box(mask: np.ndarray, margin: int = 0) -> Box:
     return sides[0], sides[1]
 
 
+def regions(mask: np.ndarray, margin: int) -> list[tuple[Box, np.ndarray]]:
+    """The parts of ``mask`` [H,W], further than ``margin`` from each other, each with its box.
+
+    Boxes are grown by ``margin``; they may overlap, but every true pixel belongs to one part ``[h,w]``.
+    """
+    near = cv2.dilate(mask.astype(np.uint8), np.ones((margin + 1, margin + 1), np.uint8))
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(near)
+    found = []
+    for label in range(1, count):
+        left, top, width, height = stats[label, :4]
+        around = slice(top, top + height), slice(left, left + width)
+        part = mask[around] & (labels[around] == label)
+        tight = bounding_box(part)
+        box = tuple(
+            slice(max(0, int(start + side.start - margin)), min(length, int(start + side.stop + margin)))
+            for start, side, length in zip((top, left), tight, mask.shape, strict=True)
+        )
+        found.append((box, mask[box] & (labels[box] == label)))
+    return found
+
+
 def sample_maps(maps: Sequence[torch.Tensor], flow: torch.Tensor, box: Box) -> torch.Tensor:
     """Bilinear samples of maps [1,C_i,H,W] at ``p + flow(p)`` for ``p`` in ``box`` -> [1,sum C_i,h,w].
 
     Zero outside the frame and where the flow [1,2,h,w] is not finite.
     """
     reach, moved = _reach(flow, box, maps[0].shape[2], maps[0].shape[3])
-    cut = torch.cat([m[..., reach[0], reach[1]] for m in maps], dim=1)
+    cut = torch.cat([m[..., reach[0], reach[1]].float() for m in maps], dim=1)
     return _warp(cut, moved)
 
 
-def sample_colour(image: np.ndarray, flow: torch.Tensor, box: Box) -> torch.Tensor:
-    """Colours of ``image`` [H,W,3] uint8 at ``p + flow(p)`` for ``p`` in ``box`` -> [1,3,h,w], float32.
+def sample_colour(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Colours of ``image`` [H,W,3] uint8 or uint16 at positions ``[h,w]`` float32 -> [h,w,3] float32.
 
-    Sharper than bilinear sampling: the image is first enlarged twice by a cubic, so that bilinear
-    sampling spans half a pixel only.
+    In grey levels of 8 bits. Sharper than bilinear sampling: the part of the image is first enlarged twice
+    by a cubic, so that bilinear sampling spans half a pixel only.
     """
-    reach, moved = _reach(flow, box, image.shape[0], image.shape[1], margin=2)
-    return _warp(torch.from_numpy(_enlarge(image[reach]).transpose(2, 0, 1)[None]), moved, factor=2)
+    reach = []
+    for position, length in ((y, image.shape[0]), (x, image.shape[1])):
+        low, high = (int(v) for v in np.clip((position.min(), position.max()), 0, length - 1))
+        reach.append(slice(max(0, low - 2), min(length, high + 4)))
+    enlarged = _enlarge(to_levels(image[reach[0], reach[1]]))
+    x, y = 2 * (x - reach[1].start), 2 * (y - reach[0].start)
+    return cv2.remap(enlarged, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def _reach(
-    flow: torch.Tensor, box: Box, height: int, width: int, margin: int = 0
-) -> tuple[Box, torch.Tensor]:
-    """The box that the samples touch, grown by ``margin``, and the flow as seen from its corner."""
-    rows, top = _reach_along(flow[0, 1], box[0], height, margin, axis=0)
-    columns, left = _reach_along(flow[0, 0], box[1], width, margin, axis=1)
+def _reach(flow: torch.Tensor, box: Box, height: int, width: int) -> tuple[Box, torch.Tensor]:
+    """The box that the samples touch, and the flow as seen from its corner."""
+    rows, top = _reach_along(flow[0, 1], box[0], height, axis=0)
+    columns, left = _reach_along(flow[0, 0], box[1], width, axis=1)
     return (rows, columns), flow + torch.tensor([left, top], dtype=flow.dtype)[:, None, None]
 
 
-def _reach_along(
-    component: torch.Tensor, side: slice, length: int, margin: int, axis: int
-) -> tuple[slice, int]:
+def _reach_along(component: torch.Tensor, side: slice, length: int, axis: int) -> tuple[slice, int]:
     here = torch.arange(side.start, side.stop)
     position = component + (here[:, None] if axis == 0 else here)
     position = position[torch.isfinite(position)].clamp(0, length - 1)
     low, high = (int(position.min()), int(position.max())) if position.numel() else (0, 0)
-    reach = slice(max(0, low - margin), min(length, high + 2 + margin))
+    reach = slice(low, min(length, high + 2))
     return reach, side.start - reach.start
 
 
-def _warp(cut: torch.Tensor, flow: torch.Tensor, factor: int = 1) -> torch.Tensor:
-    """Samples of ``cut`` [1,C,a,b] at ``factor * (p + flow(p))`` for the grid of ``flow`` [1,2,h,w].
+def _warp(cut: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    """Samples of ``cut`` [1,C,a,b] at ``p + flow(p)`` for the grid of ``flow`` [1,2,h,w].
 
-    ``flow_warp`` has outputs of its input's size: both are padded until they fit each other. Its
-    resizing of the flow keeps the corners, so with the factor every other output is one of ours.
+    ``flow_warp`` has outputs of its input's size: both are padded to the larger one.
     """
     a, b = cut.shape[2:]
     h, w = flow.shape[2:]
-    height, width = max(h, (a - 1) // factor + 1), max(w, (b - 1) // factor + 1)  # of the padded flow
-    size = factor * (height - 1) + 1, factor * (width - 1) + 1
-    cut = F.pad(cut, (0, size[1] - b, 0, size[0] - a))
-    # Positions grow by the factor, flow_warp scales them by the ratio of the sizes.
-    scale = torch.tensor([factor * width / size[1], factor * height / size[0]])[:, None, None]
-    flow = F.pad(flow * scale, (0, width - w, 0, height - h))
-    return flow_warp(cut, flow)[..., : factor * h : factor, : factor * w : factor]
+    height, width = max(a, h), max(b, w)
+    cut = F.pad(cut, (0, width - b, 0, height - a))
+    return flow_warp(cut, F.pad(flow, (0, width - w, 0, height - h)))[..., :h, :w]
 
 
 def _enlarge(image: np.ndarray) -> np.ndarray:
-    """[h,w,3] uint8 -> [2h-1,2w-1,3] float32: the pixels, and between them Catmull-Rom midpoints."""
+    """[h,w,3] float32 -> [2h-1,2w-1,3]: the pixels, and between them Catmull-Rom midpoints."""
     taps = np.array([-1, 9, 9, -1], np.float32) / 16
-    out = image.astype(np.float32)
+    out = image
     for axis in (0, 1):
         kernel = taps[:, None] if axis == 0 else taps[None]
         anchor = (0, 1) if axis == 0 else (1, 0)
@@ -98,3 +116,109 @@ def _enlarge(image: np.ndarray) -> np.ndarray:
             grown[:, even], grown[:, odd] = out, between[:, :-1]
         out = grown
     return np.clip(out, 0, 255)
+
+
+def shrink(image: np.ndarray, side: int) -> np.ndarray:
+    """``image`` [H,W] or [H,W,3] with a shorter side of at most ``side`` pixels, as area means."""
+    height, width = image.shape[:2]
+    scale = side / min(height, width)
+    if scale >= 1:
+        return image
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+class Enlarger:
+    """Between a box of the frame's grid and the box that covers it on the smaller grid of the flow.
+
+    Args:
+        box: rows and columns of the frame.
+        shape, small: height and width of the frame and of the smaller grid.
+
+    Attributes:
+        small_box: rows and columns of the smaller grid.
+    """
+
+    def __init__(self, box: Box, shape: Sequence[int], small: Sequence[int]) -> None:
+        self.shape = shape
+        self.same = tuple(shape) == tuple(small)
+        rows, columns = (
+            slice(max(0, side.start * few // full - 1), min(few, -(-side.stop * few // full) + 1))
+            for side, full, few in zip(box, shape, small, strict=True)
+        )
+        self.small_box: Box = box if self.same else (rows, columns)
+        self.scale = np.array([shape[1] / small[1], shape[0] / small[0]], np.float32)
+        y, x = (np.arange(side.start, side.stop, dtype=np.float32) for side in box)
+        self.x, self.y = np.meshgrid(x, y)
+        self.small_x = (self.x + 0.5) / self.scale[0] - 0.5 - self.small_box[1].start
+        self.small_y = (self.y + 0.5) / self.scale[1] - 0.5 - self.small_box[0].start
+
+    def shrink(self, mask: np.ndarray) -> np.ndarray:
+        """``[H,W]`` bool on the box -> ``[h,w]`` on the small one: all pixels that have a share in it."""
+        if self.same:
+            return mask
+        out = np.zeros([side.stop - side.start for side in self.small_box], bool)
+        y, x = np.nonzero(mask)
+        top, left = self.small_y[:, 0], self.small_x[0]
+        for rows in (np.floor(top).astype(int), np.ceil(top).astype(int)):
+            for columns in (np.floor(left).astype(int), np.ceil(left).astype(int)):
+                out[rows[y].clip(0, len(out) - 1), columns[x].clip(0, out.shape[1] - 1)] = True
+        return out
+
+    def map(self, values: np.ndarray) -> np.ndarray:
+        """``[h,w]`` or ``[h,w,C]`` float32 on the small box -> the same on the full one, bilinear."""
+        if self.same:
+            return values
+        return cv2.remap(
+            values, self.small_x, self.small_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
+
+    def positions(self, flow: torch.Tensor, where: Any = ...) -> tuple[np.ndarray, np.ndarray]:
+        """Where pixels of the frame's box lie, x and y, for a flow [1,2,h,w] on the small one.
+
+        Args:
+            where: an index into the box: all of it, rows and columns, or the positions of pixels [N].
+        """
+        x, y = self.x[where], self.y[where]
+        moved = flow[0].permute(1, 2, 0).numpy()
+        if self.same:
+            moved = moved[where]
+        else:
+            moved = look_up(
+                np.ascontiguousarray(moved), self.small_x[where], self.small_y[where], sharp=False
+            )
+        return x + moved[..., 0] * self.scale[0], y + moved[..., 1] * self.scale[1]
+
+    def inside(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Whether positions lie in the frame; NaN does not."""
+        return (x >= 0) & (x <= self.shape[1] - 1) & (y >= 0) & (y <= self.shape[0] - 1)
+
+
+def look_up(image: np.ndarray, x: np.ndarray, y: np.ndarray, sharp: bool = True) -> np.ndarray:
+    """Values of ``image`` [H,W] or [H,W,C] at positions ``[h,w]`` or ``[N]`` float32, in its dtype.
+
+    By a cubic, or bilinear if not ``sharp``; positions are rounded to 1/32 pixel. Outside the frame the
+    nearest pixel of it.
+    """
+    kind = cv2.INTER_CUBIC if sharp else cv2.INTER_LINEAR
+    shape = (*x.shape, *image.shape[2:])
+    if not x.size:
+        return np.empty(shape, image.dtype)
+    found = cv2.remap(image, np.atleast_2d(x), np.atleast_2d(y), kind, borderMode=cv2.BORDER_REPLICATE)
+    return found.reshape(shape)
+
+
+def to_bytes(image: np.ndarray) -> np.ndarray:
+    """uint8 or uint16 -> uint8."""
+    return image if image.dtype == np.uint8 else (image // 257).astype(np.uint8)
+
+
+def to_levels(image: np.ndarray) -> np.ndarray:
+    """uint8 or uint16 -> float32 in grey levels of 8 bits, 0 to 255."""
+    return image.astype(np.float32) if image.dtype == np.uint8 else image.astype(np.float32) / 257
+
+
+def from_levels(levels: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The inverse of :func:`to_levels`, rounded and clipped."""
+    scale = 1 if dtype == np.uint8 else 257
+    return (levels * scale).round().clip(0, 255 * scale).astype(dtype)

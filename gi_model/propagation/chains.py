@@ -1,0 +1,159 @@
+"""Following flow from frame to frame: where others show the pixels of a hole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from gi_model.flow import FlowEstimator
+from gi_model.propagation.neighbours import Flows, connect
+from gi_model.propagation.sampling import Box, sample_maps
+from gi_model.propagation.stages import Stages
+from gi_model.propagation.stream import Frame, Stream
+
+# Accumulated forward-backward error, in pixels of the flow's grid, at which trust has halved.
+ERROR_SCALE = 0.5
+# Accumulated error, in the same pixels, from which on flow is sought that avoids the way, and from which on
+# what is found on it is not used at all.
+ERROR_DOUBT, ERROR_LIMIT = 1.5, 10.0
+# Frames behind the first one that shows a pixel at which another one's weight has halved.
+NEARNESS = 1.0
+
+
+@dataclass
+class Link:
+    """Where the pixels of a box lie in another frame, on the grid of the flow.
+
+    Attributes:
+        index: the other frame.
+        flow: ``[1,2,h,w]`` float32, in pixels of that grid.
+        error: ``[h,w]`` float32, in the same pixels; infinite where the way left the frame.
+        shown: ``[h,w]`` bool: inside the frame and not hidden by its mask.
+        nearness: ``[h,w]`` float32: 1 in the first frame on the way that shows a pixel, then falling.
+    """
+
+    index: int
+    flow: torch.Tensor
+    error: np.ndarray
+    shown: np.ndarray
+    nearness: np.ndarray
+
+    @property
+    def whole(self) -> np.ndarray:
+        """``[h,w]`` bool: where the chain is not broken."""
+        return self.error < ERROR_LIMIT
+
+    @property
+    def trusted(self) -> np.ndarray:
+        """``[h,w]`` bool: shown, and certain to be the same point."""
+        return self.shown & (self.error < ERROR_DOUBT)
+
+    @property
+    def weight(self) -> np.ndarray:
+        """``[h,w]`` float32: 1 where flows agree and nothing nearer shows the pixel, 0 if this does not."""
+        weight = self.nearness / (1 + (self.error / ERROR_SCALE) ** 2)
+        return np.where(self.shown & self.whole, weight, 0).astype(np.float32)
+
+
+class Chains:
+    """Flows between the frames of a stream, and their compositions.
+
+    Flows are estimated by a thread of their own, one after the other, while others are made use of. To be
+    used in a ``with`` block, which ends the thread.
+    """
+
+    def __init__(self, stream: Stream, estimator: FlowEstimator, stages: Stages) -> None:
+        self.stream = stream
+        self._estimator = estimator
+        self._stages = stages
+        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Chains:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def prepare(self, indices: Iterable[int]) -> None:
+        """Begin to estimate the flows between neighbours that will be needed: those beside a hole."""
+        for index in indices:
+            if self.stream.same_scene(index, index + 1):
+                first, second = self.stream[index], self.stream[index + 1]
+                if first.flows is None and (first.mask.any() or second.mask.any()):
+                    first.flows = self._submit("flow", first, second)
+
+    def follow(
+        self, target: int, box: Box, hole: np.ndarray, step: int, reach: int, enough: int
+    ) -> list[Link]:
+        """Links from ``target`` to the frames before it (``step`` -1) or after it (1), the nearest first.
+
+        Flows are composed, so that a colour is sampled once, from an original frame. It goes on for
+        ``reach`` frames of the scene, or until every pixel of ``hole`` ``[h,w]``, on ``box``, has left
+        the frame or was seen ``enough`` times.
+        """
+        flow = torch.zeros(1, 2, *hole.shape)
+        error = torch.zeros(1, 1, *hole.shape)
+        seen = np.zeros(hole.shape, np.int32)
+        since = np.full(hole.shape, -1, np.int32)  # frames since a pixel was seen first
+        links: list[Link] = []
+        for index in range(target, target + step * reach, step):
+            here = hole & np.isfinite(error[0, 0].numpy())
+            if not (here & (seen < enough)).any() or not self.stream.same_scene(index, index + step):
+                break
+            onward = sample_maps([self._between(index, index + step)], flow, box)
+            flow, error = flow + onward[:, :2], error + onward[:, 2:]
+            link = self._link(index + step, flow, error, box)
+            error = torch.from_numpy(link.error)[None, None]
+            since[since >= 0] += 1
+            since[(since < 0) & link.shown & link.whole] = 0
+            link.nearness = 1 / (1 + (since.clip(min=0) / NEARNESS) ** 2)
+            seen += link.shown & link.whole
+            links.append(link)
+        return links
+
+    def direct(self, target: int, box: Box, other: int) -> Link:
+        """A link to ``other`` by flow between the two frames alone."""
+        flow, error = self._between(target, other)[..., box[0], box[1]].float().split([2, 1], dim=1)
+        return self._link(other, flow, error, box)
+
+    def _link(self, index: int, flow: torch.Tensor, error: torch.Tensor, box: Box) -> Link:
+        height, width = self.stream[index].small_mask.shape
+        x = torch.arange(box[1].start, box[1].stop) + flow[:, :1]
+        y = torch.arange(box[0].start, box[0].stop)[:, None] + flow[:, 1:]
+        inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)  # NaN is not
+        # No mixtures of visible and hidden pixels.
+        shown = inside & (sample_maps([self.stream[index].small_visible], flow, box) > 0.999)
+        error = torch.where(inside & ~error.isnan(), error, torch.inf)
+        return Link(
+            index, flow, error[0, 0].numpy(), shown[0, 0].numpy(), np.ones(shown.shape[2:], np.float32)
+        )
+
+    def _between(self, index: int, other: int) -> torch.Tensor:
+        """Flow and error ``[1,3,h,w]`` from a frame to another; those between neighbours are kept."""
+        first, second = self.stream[min(index, other)], self.stream[max(index, other)]
+        if abs(index - other) > 1:
+            flows = self._submit("direct flow", first, second)
+        else:
+            flows = first.flows = first.flows or self._submit("flow", first, second)
+        with self._stages.timed("wait for flow"):
+            found = flows.result()
+        return found.forward if other > index else found.backward
+
+    def _submit(self, stage: str, first: Frame, second: Frame) -> Future[Flows]:
+        images, masks = (first.small, second.small), (first.small_mask, second.small_mask)
+
+        def estimate() -> Flows:
+            started = time.perf_counter()
+            flows = connect(self._estimator, images, masks)
+            self._stages.add(stage, time.perf_counter() - started)
+            return flows
+
+        return self._thread.submit(estimate)
