@@ -29,8 +29,6 @@ from gi_model.propagation.stream import Frame, Stream
 
 F = TypeVar("F")
 
-# Pixels of the shorter side at which flow is estimated, at most.
-FLOW_SIDE = 480
 # Width of the ring around a hole by which candidates are judged, as a share of the shorter side.
 RING = 0.04
 # Candidates in one direction after which a pixel is followed no further.
@@ -82,6 +80,8 @@ class Propagator:
         estimator: optical flow; OpenCV's DIS by default.
         policy: the choice of keyframes and references; see :class:`VisibilityPolicy`.
         radius: how many frames to look back and ahead.
+        flow_side: pixels of the shorter side at which flow is estimated, at most. More is slower, and
+            more exact on frames that are larger.
 
     Attributes:
         masked, unseen: masked pixels so far, and those of them that no frame showed; frames that were
@@ -90,13 +90,20 @@ class Propagator:
     """
 
     def __init__(
-        self, estimator: FlowEstimator | None = None, *, policy: Policy | None = None, radius: int = 15
+        self,
+        estimator: FlowEstimator | None = None,
+        *,
+        policy: Policy | None = None,
+        radius: int = 15,
+        flow_side: int = 320,
     ) -> None:
-        if radius < 1:
-            raise ValueError(f"radius: expected at least 1, got {radius}")
+        for name, value, least in (("radius", radius, 1), ("flow_side", flow_side, 16)):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
         self.estimator = estimator or DISFlow()
         self.policy = policy or VisibilityPolicy()
         self.radius = radius
+        self.flow_side = flow_side
         self.masked = self.unseen = 0
         self.stages = Stages()
 
@@ -121,7 +128,7 @@ class Propagator:
             TypeError: frames of another type.
             ValueError: a mask is missing or of another size than its frame.
         """
-        stream = Stream(self.stages.iterate("read", with_masks(frames, masks)), FLOW_SIDE)
+        stream = Stream(self.stages.iterate("read", with_masks(frames, masks)), self.flow_side)
         results: dict[int, np.ndarray] = {}  # of the block, and the last one before it
         with Chains(stream, self.estimator, self.stages) as chains:
             for block in self._blocks(stream):

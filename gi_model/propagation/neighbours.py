@@ -15,12 +15,12 @@ from gi_model.propagation.sampling import bounding_box
 
 # Around a hole the flow is not trusted either, because the estimator's patches reach into it: shares of
 # the frame's shorter side. Far at first, where filled holes move with the mask instead of the scene;
-# nearer every time that they have been filled again.
-FAR, NEAR = (0.15, 0.06), 0.03
+# nearer when they have been filled with what moves with the scene.
+FAR, NEAR = 0.15, 0.03
 # Width, as a share of the same side, of the ring around it that the motion model is fitted to.
 RING = 0.06
 # Size of the coarse flows: one over that.
-COARSE = 2
+COARSE = 4
 # Motion of the camera, in pixels at the corners of the frame, below which it stands; and what the flow of
 # a resting pixel reaches all the same, by the estimator's noise.
 STILL, UNREST = 0.03, 0.3
@@ -47,20 +47,17 @@ def connect(
     """Flow between two images [H,W,3] whose masked regions [H,W] were filled by a guess.
 
     In and around the masks the estimate is replaced by one that continues the motion around them.
-    Before that, coarse flows fill the holes with what the other image shows there, so that their
+    Before that, a coarse flow fills the holes with what the other image shows there, so that their
     contents move with the scene, and not with the masks, when the flow is estimated. Where the camera
     stands, what is hidden is taken to rest.
     """
     pair = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2))  # [2,3,H,W]
-    hidden = any(mask.any() for mask in masks)
     still = False
-    for margin in FAR if hidden else ():
+    if any(mask.any() for mask in masks):
         coarse = _coarse_flow(estimator, pair)
         still = all(_stands(flow, mask) for flow, mask in zip(coarse, masks, strict=True))
-        inside = _stilled(coarse, masks) if still else _continued(coarse, masks, margin)
+        inside = _stilled(coarse, masks) if still else _continued(coarse, masks, FAR)
         pair = _fill_from_each_other(pair, masks, inside)
-        if still:
-            break
     flows = estimator(pair, pair.flip(0))
     forward, backward = _stilled(flows, masks) if still else _continued(flows, masks, NEAR)
     return Flows(
@@ -182,7 +179,7 @@ def affine_motion(flow: np.ndarray, around: np.ndarray, rounds: int = 8, floor: 
     return (terms(columns, rows) @ solution).transpose(2, 0, 1).astype(np.float32)
 
 
-def dilate(mask: np.ndarray, pixels: int) -> np.ndarray:
+def dilate(mask: np.ndarray, pixels: float) -> np.ndarray:
     """``mask`` [H,W] grown by a disc of that radius."""
     distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return distance <= pixels

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 
 from gi_kernels import flow_warp
 
+# Positions between two pixels that OpenCV tells apart.
+STEPS = 32
+
 Box = tuple[slice, slice]  # rows, columns
 
 
@@ -178,6 +181,8 @@ class Enlarger:
 
         Args:
             where: an index into the box: all of it, rows and columns, or the positions of pixels [N].
+
+        In steps of 1/32 pixel, as OpenCV samples: so what is tested for a position holds where it is used.
         """
         x, y = self.x[where], self.y[where]
         moved = flow[0].permute(1, 2, 0).numpy()
@@ -187,7 +192,8 @@ class Enlarger:
             moved = look_up(
                 np.ascontiguousarray(moved), self.small_x[where], self.small_y[where], sharp=False
             )
-        return x + moved[..., 0] * self.scale[0], y + moved[..., 1] * self.scale[1]
+        x, y = x + moved[..., 0] * self.scale[0], y + moved[..., 1] * self.scale[1]
+        return np.round(x * STEPS) / STEPS, np.round(y * STEPS) / STEPS
 
     def inside(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Whether positions lie in the frame; NaN does not."""

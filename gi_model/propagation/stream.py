@@ -16,7 +16,8 @@ from gi_model.propagation.neighbours import Flows, dilate
 from gi_model.propagation.sampling import shrink, to_bytes
 
 # Pixels beside a mask that are not copied elsewhere: blurred or compressed together with what it hides.
-RIM = 1
+# With those across a corner, so that cubic sampling between the others does not reach into the mask.
+RIM = 1.5
 
 
 class Frame:
