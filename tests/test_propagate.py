@@ -134,13 +134,19 @@ def test_what_the_mask_hides_does_not_matter():
         assert all((a == b).all() for b in others)
 
 
-def test_what_no_frame_sees_is_inpainted():
-    """A still camera and a still mask: nothing is revealed."""
-    frames, masks = pan()[:1] * 4, box_masks()[:1] * 4
+def test_what_no_frame_sees_is_filled_once():
+    """A still camera and a still mask: all frames get the same, and it is closer than inpainting."""
+    frames, masks = pan()[:1] * 10, box_masks()[:1] * 10
     propagator = Propagator()
-    for result, frame, mask in zip(propagator.run(frames, masks), frames, masks, strict=True):
-        assert (result == inpaint_frame(frame, mask)).all()
+    results = list(propagator.run(blank(frames, masks), masks))
     assert propagator.unseen == propagator.masked > 0
+    ours, plain = MaskedQuality(), MaskedQuality()
+    for result, frame, mask in zip(results, frames, masks, strict=True):
+        assert (result == results[0]).all()
+        assert (result[~mask] == frame[~mask]).all()
+        ours.add(result, frame, mask)
+        plain.add(inpaint_frame(frame, mask), frame, mask)
+    assert ours.psnr > plain.psnr
 
 
 def test_pixels_come_from_the_frames_themselves():

@@ -120,7 +120,7 @@ def test_finished_frames_are_not_made_again():
 def test_stages():
     propagator = Propagator(radius=3)
     list(propagator.run(pan(), box_masks()))
-    assert {"read", "prepare", "flow", "chains", "fusion", "inpaint"} <= set(propagator.stages)
+    assert {"read", "prepare", "flow", "chains", "fusion", "fill"} <= set(propagator.stages)
     assert all(seconds >= 0 for seconds in propagator.stages.values())
     assert propagator.stages["flow"] > propagator.stages["read"]
 
