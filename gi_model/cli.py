@@ -39,7 +39,7 @@ def guarded(
 
     Args:
         name: what the line begins with.
-        left: what an interrupted run leaves behind.
+        left: what an interrupted run leaves behind, unless the interruption says it.
         extra: the package's extra that brings what ``run`` imports.
     """
     try:
@@ -53,8 +53,8 @@ def guarded(
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     except MemoryError:
         message = "not enough memory"
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; {left}", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"{name}: interrupted; {str(stopped) or left}", file=sys.stderr)
         return INTERRUPTED
     print(f"{name}: {message}", file=sys.stderr)
     return FAILED

@@ -64,13 +64,18 @@ def harm(clip: Path, folder: Path) -> int:
 
 
 def moving_masks(frames: FrameSource) -> Iterator[np.ndarray]:
+    """The masks of :func:`swinging_masks` for a clip."""
+    height, width = next(iter(frames)).shape[:2]
+    return swinging_masks(height, width, frames.count)
+
+
+def swinging_masks(height: int, width: int, count: int) -> Iterator[np.ndarray]:
     """A blob of about 7 % of the frame that swings across it and changes its shape and size."""
     import numpy as np
 
-    height, width = next(iter(frames)).shape[:2]
     y, x = np.mgrid[:height, :width]
-    for i in range(frames.count):
-        t = i / max(1, frames.count - 1)
+    for i in range(count):
+        t = i / max(1, count - 1)
         centre_x = width * (0.5 - 0.3 * np.cos(2.5 * np.pi * t + 0.6))
         centre_y = height * (0.5 + 0.2 * np.sin(3 * np.pi * t))
         angle = np.arctan2(y - centre_y, x - centre_x)

@@ -10,6 +10,8 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from gi_model.propagation import Propagator, VisibilityPolicy, inpaint_frame  # 
 from gi_model.propagation.neighbours import affine_motion, connect, continue_flow  # noqa: E402
 from gi_model.propagation.sampling import sample_colour, sample_maps  # noqa: E402
 from gi_model.sheet import HEADING, LINE, Sheet  # noqa: E402
+from gi_model.video import reading  # noqa: E402
 
 H, W, COUNT = 72, 96, 12
 
@@ -424,7 +427,7 @@ def test_a_damaged_video(clip, capsys):
 
 def test_a_codec_that_is_not_installed(clip, capsys, monkeypatch):
     frames, masks, folder = clip
-    monkeypatch.setitem(video.VIDEOS, ".mp4", "libnothing")
+    monkeypatch.setitem(video.CODECS, "h264", replace(video.CODECS["h264"], encoder="libnothing"))
     said = refused(capsys, folder, frames, "--masks", masks, "-o", folder / "out.mp4")
     assert "cannot encode .mp4" in said
 
@@ -575,22 +578,22 @@ def test_lossless_video(tmp_path):
 def test_colours_rate_and_pixel_shape_survive(tmp_path, suffix):
     colours = [(200, 30, 90), (10, 220, 60), (250, 250, 5), (255, 255, 255)]
     path = tmp_path / f"a{suffix}"
-    with video.FrameWriter(path, rate=video.Fraction(30000, 1001), aspect=video.Fraction(4, 3)) as writer:
+    with video.FrameWriter(path, rate=Fraction(30000, 1001), aspect=Fraction(4, 3)) as writer:
         for colour in colours:
             writer.write(np.full((64, 80, 3), colour, np.uint8))
     source = video.FrameSource(path, "x")
-    assert abs(source.rate - video.Fraction(30000, 1001)) < 0.01
-    assert suffix == ".webm" or source.aspect == video.Fraction(4, 3)
+    assert abs(source.rate - Fraction(30000, 1001)) < 0.01
+    assert suffix == ".webm" or source.aspect == Fraction(4, 3)
     for frame, colour in zip(source, colours, strict=True):
         assert np.abs(frame.astype(int) - colour).max() <= 6
 
 
 def test_rotated_video_is_turned_upright():
     image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    assert (video._upright(image, 0) == image).all()
-    assert (video._upright(image, 90) == np.rot90(image)).all()
-    assert (video._upright(image, -90) == np.rot90(image, -1)).all()
-    assert (video._upright(image, 180) == image[::-1, ::-1]).all()
+    assert (reading._upright(image, 0) == image).all()
+    assert (reading._upright(image, 90) == np.rot90(image)).all()
+    assert (reading._upright(image, -90) == np.rot90(image, -1)).all()
+    assert (reading._upright(image, 180) == image[::-1, ::-1]).all()
 
 
 # Measures and pictures

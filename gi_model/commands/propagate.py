@@ -1,6 +1,8 @@
-"""Repair the masked region of a video: pixels are carried along optical flow from the frames that see
-them; what no frame sees is inpainted. Needs no weights and no GPU. With --checkpoint a trained
-generator fills the region instead.
+"""Repair the masked region of a video.
+
+Pixels are carried along optical flow from the frames that see them; what no frame sees is inpainted.
+Needs no weights and no GPU. With --checkpoint a trained generator fills the region instead. Memory does
+not grow with the length of the video.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ import argparse
 import resource
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,55 +23,123 @@ from gi_model.progress import progress
 if TYPE_CHECKING:
     import numpy as np
 
-    from gi_model.metrics import MaskedQuality
-    from gi_model.video import FrameSource
+    from gi_model.commands._outputs import Outputs
+    from gi_model.propagation import LearnedPropagator, Propagator
+    from gi_model.propagation.finished import Journal
+    from gi_model.video import FrameSource, MaskSource
+    from gi_model.video.masks import Step
 
 NAME = "propagate"
 SUMMARY = "repair the masked region of a video from the frames that see it"
 EXTRA = "video"
 
 NOTES = """\
-Writes OUT and, beside it, OUT-frames.png with a few frames before and after. Sound is not kept. PSNR
-and SSIM are those of the frames before they are encoded. Exit code 2 if something cannot be used or
-written; an earlier OUT is then as it was.
+examples:
+  gi-model propagate clip.mp4 --masks masks/ -o repaired.mp4
+      masks/ holds an image per frame, white where to repair
+  gi-model propagate clip.mov --masks logo.png -o repaired.mov --side-by-side
+      one mask for all frames; also writes repaired-side-by-side.mov
+  gi-model propagate DAVIS --sequence bear -o bear.mkv --codec ffv1
+      frames and masks of a data set, without any loss
+  gi-model propagate frames/ --masks masks/ -o out --resume
+      a folder of images to a folder of images; goes on where an earlier run was stopped
+
+Frames of more than 8 bits stay so: PNG of 16 bits, video of 10 where the codec has them. Rotation, times
+of frames, colour tags and sound are kept; subtitles and chapters are not. docs/propagation.md has more.
+
+Writes OUT and, beside it, OUT-frames.png with a few frames before and after. PSNR and SSIM are those of
+the frames before they are encoded. Exit code 2 if something cannot be used or written; an earlier OUT is
+then as it was.
 """
+
+#: Frames that are decoded ahead, and results that wait to be encoded.
+AHEAD = BEHIND = 4
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.epilog = NOTES
-    parser.add_argument("video", metavar="VIDEO", help="a video file or a folder of images")
+    parser.usage = "gi-model propagate VIDEO --masks MASKS -o OUT [options]"
     parser.add_argument(
-        "--masks",
-        required=True,
-        metavar="MASKS",
-        help="white where to repair: a video, a folder of images, or one image for all frames",
+        "video", metavar="VIDEO", help="a video file, a folder of images, or a DAVIS data set (--sequence)"
     )
-    parser.add_argument(
+    _add_region(parser.add_argument_group("what to repair"))
+    _add_result(parser.add_argument_group("the result"))
+    _add_method(parser.add_argument_group("how"))
+
+
+def _add_region(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--masks",
+        metavar="MASKS",
+        help="white where to repair: a video, a folder of images, or one image for all frames; in PNG images "
+        "with a palette, every label but 0",
+    )
+    group.add_argument(
+        "--sequence",
+        metavar="NAME",
+        help="which sequence of the data set VIDEO, such as bear or 480p/bear; its annotations are the masks "
+        "unless there are --masks",
+    )
+
+
+def _add_result(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "-o",
         "--output",
         required=True,
         metavar="OUT",
-        help="a video (.mp4, .mkv, ...) or a folder of PNG images",
+        help="a video (.mp4, .mov, .mkv, .webm, .avi) or, without a suffix, a folder of PNG images",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--codec",
+        metavar="NAME",
+        help="h264 (default), h265, av1, vp9 (default of .webm), mpeg4 (default of .avi), or ffv1, which is "
+        "lossless",
+    )
+    group.add_argument(
+        "--quality",
+        type=int,
+        metavar="N",
+        help="lower is better and larger: CRF of h264 (default 18), h265 (20), vp9 (20), av1 (25), quantiser "
+        "of mpeg4 (3)",
+    )
+    group.add_argument("--no-sound", action="store_true", help="leave the sound of VIDEO out")
+    group.add_argument(
+        "--side-by-side", action="store_true", help="also write OUT-side-by-side: masked | repaired, a video"
+    )
+    group.add_argument(
+        "--pictures", type=int, default=4, metavar="N", help="frames in OUT-frames.png (default 4)"
+    )
+    group.add_argument(
+        "--keep-intermediate",
+        action="store_true",
+        help="also write OUT-intermediate: what was filled in, and pictures of the result's motion",
+    )
+    group.add_argument(
         "--truth", metavar="TRUTH", help="the unharmed video, to measure PSNR and SSIM inside the mask"
     )
-    parser.add_argument(
+
+
+def _add_method(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--radius", type=int, default=15, metavar="N", help="frames to look back and ahead (default 15)"
     )
-    parser.add_argument(
-        "--pictures", type=int, default=4, metavar="N", help="frames in the picture (default 4)"
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where an earlier run with the same inputs and options was stopped; the result is the "
+        "same to the bit",
     )
-    parser.add_argument(
+    group.add_argument(
         "--checkpoint", metavar="FILE", help="weights of a generator, for instance a released .ckpt"
     )
-    parser.add_argument(
+    group.add_argument(
         "--flow-checkpoint",
         metavar="FILE",
         help="weights of RAFT for the generator's flow, for instance raft-things.pth (default: DIS)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--config",
         default="ours",
         metavar="NAME",
@@ -78,92 +149,187 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """``gi-model propagate``."""
-    from gi_model.metrics import MaskedQuality
-    from gi_model.propagation import LearnedPropagator, Propagator, inpaint_frame, load_propagator
-    from gi_model.sheet import Sheet
-    from gi_model.video import FrameSource, FrameWriter, MaskSource, aligned, staged, write_image
+    from gi_model.commands._outputs import Outputs, Places
+    from gi_model.propagation.finished import Journal
+    from gi_model.video import aligned, read_ahead, remove_leftovers, write_behind
+    from gi_model.video.threads import Clock
 
     for name in ("radius", "pictures"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     if options.flow_checkpoint and not options.checkpoint:
         raise InputError("--flow-checkpoint: expected --checkpoint too")
-    frames, masks = FrameSource(options.video, "VIDEO"), MaskSource(options.masks)
-    truth = FrameSource(options.truth, "--truth") if options.truth else None
-    output = Path(options.output)
-    _check_apart(output, frames, masks.frames, truth)
-    writer = FrameWriter(output, frames.rate, aspect=frames.aspect)
-    picture = output.with_name(f"{output.stem}-frames.png")
-    if picture.is_dir():
-        raise InputError(f"-o: the picture would be {picture}, which is a folder")
-
-    # What has been read but not yet repaired: as many frames as the propagator looks ahead.
-    pending: deque[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = deque()
-
-    def read() -> Iterator[np.ndarray]:
-        for item in aligned(frames, masks, truth):
-            pending.append(item)
-            yield item[0]
-
-    def masks_read() -> Iterator[np.ndarray]:
-        while True:
-            yield pending[-1][1]
-
-    propagator: Propagator | LearnedPropagator
-    if options.checkpoint:
-        propagator = load_propagator(
-            options.checkpoint, options.flow_checkpoint, options.config, options.radius
-        )
-    else:
-        propagator = Propagator(radius=options.radius)
-    sheet = Sheet(frames.count, options.pictures)
-    ours, inpainted = MaskedQuality(), MaskedQuality()
+    frames, masks, truth = _sources(options)
+    places = Places(Path(options.output))
+    places.check_apart(frames, masks.frames, truth)
+    outputs = Outputs(options, places, frames, with_truth=truth is not None)
+    places.check_free(options)
+    propagator = _propagator(options)
+    decoding = Clock()
     started = time.perf_counter()
-    with staged(picture) as temporary_picture, writer:
-        results = propagator.run(read(), masks_read())
+    with ExitStack() as stack:
+        for path in places.all:
+            remove_leftovers(path)
+        stale = places.journal.exists()
+        steps = stack.enter_context(read_ahead(aligned(frames, masks, truth), AHEAD, decoding))
+        reading = _Reading(frames, steps)
+        journal = Journal(
+            places.journal, _signature(options, frames, masks), reading.original, options.resume
+        )
+        stack.push(_keeping(journal, options.resume))
+        if options.resume:
+            print(f"{journal.found} frames had been finished", file=sys.stderr)
+        elif stale:
+            print(f"removed what an earlier run had finished ({places.journal})", file=sys.stderr)
+        outputs.journal = journal
+        stack.enter_context(outputs)
+        send = stack.enter_context(write_behind(outputs.write, BEHIND))
+        results = propagator.run(reading, reading.masks(), finished=journal)
+        stack.callback(getattr(results, "close", int))
         for index, result in enumerate(progress(results, frames.count, "repairing")):
-            image, mask, unharmed = pending.popleft()
-            writer.write(result)
-            sheet.add(index, image, mask, result, unharmed)
-            if unharmed is not None:
-                ours.add(result, unharmed, mask)
-                inpainted.add(inpaint_frame(image, mask), unharmed, mask)
-        seconds = time.perf_counter() - started
-        write_image(temporary_picture, sheet.image())
-    _report(writer.count, seconds, propagator.masked, propagator.unseen, ours if truth else None, inpainted)
-    print(f"wrote {output} and {picture}")
+            send((index, reading.take(index), result))
+    seconds = time.perf_counter() - started
+    _report(outputs, seconds, propagator, masks.brightest, journal.found if options.resume else 0)
+    stages = {"decode": decoding.seconds, **_computing(propagator), "encode": outputs.clock.seconds}
+    print("seconds:", ", ".join(f"{name} {took:.1f}" for name, took in stages.items()))
+    print(f"wrote {' and '.join(map(str, outputs.written))}")
     return 0
 
 
-def _check_apart(output: Path, *sources: FrameSource | None) -> None:
-    """Raise ``InputError`` if the result would replace, or end up among, what is read."""
-    for source in sources:
-        if source is None:
-            continue
-        path = source.path.resolve()
-        if output.resolve() == path or (path.is_dir() and output.resolve().parent == path):
-            raise InputError(f"-o: expected a place outside {source.argument} {source.path}, got {output}")
+def _sources(options: argparse.Namespace) -> tuple[FrameSource, MaskSource, FrameSource | None]:
+    from gi_model.video import FrameSource, MaskSource, davis_sequence
+
+    video, masks = options.video, options.masks
+    if options.sequence is not None or (Path(video) / "JPEGImages").is_dir():
+        sequence = davis_sequence(video, options.sequence)
+        video, masks = sequence.frames, masks or sequence.masks
+    if masks is None:
+        raise InputError("--masks: expected a video, a folder of images, or an image, got nothing")
+    truth = FrameSource(options.truth, "--truth") if options.truth else None
+    return FrameSource(video, "VIDEO"), MaskSource(masks), truth
+
+
+def _propagator(options: argparse.Namespace) -> Propagator | LearnedPropagator:
+    if options.checkpoint:
+        from gi_model.propagation import load_propagator
+
+        return load_propagator(options.checkpoint, options.flow_checkpoint, options.config, options.radius)
+    from gi_model.propagation import Propagator
+
+    return Propagator(radius=options.radius)
+
+
+def _signature(options: argparse.Namespace, frames: FrameSource, masks: MaskSource) -> dict[str, str]:
+    """What the repaired frames depend on, by the names that a user knows."""
+    import cv2
+    import torch
+
+    from gi_kernels import native
+    from gi_model.propagation.finished import fingerprint
+
+    files = {
+        "VIDEO": str(frames.path),
+        "--masks": str(masks.frames.path),
+        "--checkpoint": options.checkpoint,
+        "--flow-checkpoint": options.flow_checkpoint,
+    }
+    return {
+        **{name: fingerprint(path) for name, path in files.items() if path},
+        "--radius": str(options.radius),
+        "--config": options.config,
+        "versions": f"torch {torch.__version__}, OpenCV {cv2.__version__}",
+        "kernels": native.PROBLEM or import_module("gi_kernels._C").cpu_capability(),
+        "threads": f"{torch.get_num_threads()}, {cv2.getNumThreads()} of OpenCV",
+    }
+
+
+class _Reading:
+    """What has been read but not written yet, as many frames as the propagator looks ahead.
+
+    The frames and the masks that a propagator is given; they may be asked for in any order. ``read`` gives
+    any frame of the source again.
+    """
+
+    def __init__(self, frames: FrameSource, steps: Iterator[Step]) -> None:
+        self.frames = frames
+        self.steps = steps
+        self.count = 0
+        self.waiting: dict[int, Step] = {}
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (step.image for step in self._all())
+
+    def masks(self) -> Iterator[np.ndarray]:
+        """Masks, in step with the frames."""
+        return (step.mask for step in self._all())
+
+    def read(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Frames ``start`` to ``stop - 1``."""
+        return self.frames.read(start, stop)
+
+    def original(self, index: int) -> np.ndarray:
+        """The frame of an index."""
+        step = self.waiting.get(index)
+        return next(self.read(index, index + 1)) if step is None else step.image
+
+    def take(self, index: int) -> Step:
+        """The step of a finished frame, which will not be needed again."""
+        return self.waiting.pop(index)
+
+    def _all(self) -> Iterator[Step]:
+        index = 0
+        while True:
+            if index == self.count:
+                step = next(self.steps, None)
+                if step is None:
+                    return
+                self.waiting[index] = step
+                self.count += 1
+            yield self.waiting[index]
+            index += 1
+
+
+def _keeping(journal: Journal, resume: bool) -> Callable[..., None]:
+    """What to do with the journal at the end of a run, as the exit of a ``with`` block.
+
+    Interrupted runs keep it, and so do failed ones that were told to resume.
+    """
+
+    def close(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
+        count = len(journal)
+        keep = count > 0 and kind is not None and (stopped or resume)
+        journal.close(keep)
+        if keep and stopped:
+            raise KeyboardInterrupt(f"{count} finished frames are kept: --resume goes on from there")
+
+    return close
+
+
+def _computing(propagator: Propagator | LearnedPropagator) -> dict[str, float]:
+    """Seconds by stage of the propagator, if it counts them; its reading is waiting for the decoder."""
+    stages: Mapping[str, float] = getattr(propagator, "stages", {})
+    return {"waiting for frames" if name == "read" else name: seconds for name, seconds in stages.items()}
 
 
 def _report(
-    count: int,
-    seconds: float,
-    masked: int,
-    unseen: int,
-    ours: MaskedQuality | None,
-    inpainted: MaskedQuality,
+    outputs: Outputs, seconds: float, propagator: Propagator | LearnedPropagator, brightest: float, found: int
 ) -> None:
+    masked, unseen = propagator.masked, propagator.unseen
     parts = []
-    if not masked:
-        parts.append("the masks are empty")
-    elif ours is not None:
+    if found:
+        parts.append(f"{found} frames were finished before")
+    if not outputs.masked:
+        dark = f"; the brightest pixel is {brightest:.1%} of white, above 50% counts" if brightest else ""
+        parts.append(f"the masks are empty{dark}")
+    elif outputs.ours is not None:
         parts.append(
-            f"inside the mask: PSNR {ours.psnr:.2f} dB, SSIM {ours.ssim:.3f} "
-            f"(OpenCV inpainting per frame: {inpainted.psnr:.2f} dB, {inpainted.ssim:.3f})"
+            f"inside the mask: PSNR {outputs.ours.psnr:.2f} dB, SSIM {outputs.ours.ssim:.3f} (OpenCV "
+            f"inpainting per frame: {outputs.inpainted.psnr:.2f} dB, {outputs.inpainted.ssim:.3f})"
         )
     if masked:
         parts.append(f"seen by other frames: {1 - unseen / masked:.1%}")
     # Kilobytes, but bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    parts += [f"{count / seconds:.2f} frames per second", f"peak memory {peak:.0f} MiB"]
+    parts += [f"{outputs.count / seconds:.2f} frames per second", f"peak memory {peak:.0f} MiB"]
     print("; ".join(parts))

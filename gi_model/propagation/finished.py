@@ -102,10 +102,8 @@ class Journal:
 
     def put(self, index: int, image: np.ndarray) -> None:
         """Keep a finished frame."""
-        changed = (image != self.original(index)).any(axis=2)
-        rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
-        top, left = (int(rows[0]), int(columns[0])) if rows.size else (0, 0)
-        pixels = image[top : rows[-1] + 1, left : columns[-1] + 1] if rows.size else image[:0, :0]
+        top, bottom, left, right = _changed(image, self.original(index))
+        pixels = image[top:bottom, left:right]
         _write(self.folder / f"{index:06d}.npz", _packed(pixels=pixels, corner=np.array([top, left])))
 
     def __len__(self) -> int:
@@ -150,6 +148,17 @@ def fingerprint(path: str | Path) -> str:
         about = file.stat()
         digest.update(f"{file.name}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
     return f"{path.resolve()} ({len(files)} file{'s' if len(files) != 1 else ''}, {digest.hexdigest()[:12]})"
+
+
+def _changed(image: np.ndarray, original: np.ndarray) -> tuple[int, int, int, int]:
+    """The box that holds all differences: rows from, to, columns from, to; empty if there are none."""
+    differs = image != original
+    rows = np.flatnonzero(differs.reshape(len(differs), -1).any(axis=1))  # along memory: fast
+    if not rows.size:
+        return 0, 0, 0, 0
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    columns = np.flatnonzero(differs[top:bottom].any(axis=0).any(axis=1))
+    return top, bottom, int(columns[0]), int(columns[-1]) + 1
 
 
 def _packed(**arrays: np.ndarray) -> bytes:
