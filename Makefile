@@ -119,6 +119,7 @@ install-ladder: install  ## installing with and without compiler, kernels, torch
 bench:  ## benchmarks, their table and plot
 	$(BIN)/pytest benchmarks --benchmark-only
 	$(BIN)/pytest benchmarks/bench_end_to_end.py --benchmark-only
+	$(BIN)/python -m benchmarks.bench_propagation
 	$(BIN)/python -m benchmarks.report
 
 readme:  ## the generated tables of README.md

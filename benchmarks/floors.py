@@ -1,4 +1,4 @@
-"""The speed that must be reached: medians against the published formulation in eager PyTorch."""
+"""What must be reached: by operators against the published formulation, by video on its own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ class Floor:
 
     ``against`` names the contender. ``speed``: its median over ours is at least ``bound``;
     ``time``: ours over its median is at most ``bound``; ``memory``: our peak over its peak is at
-    most ``bound``; ``volume``: our peak over the dense volume is at most ``bound``.
+    most ``bound``; ``volume``: our peak over the dense volume is at most ``bound``; ``rate``: frames
+    per second, at least ``bound``; ``bytes``: the peak memory of the process, at most ``bound``.
     """
 
     case: str
-    kind: Literal["speed", "time", "memory", "volume"]
+    kind: Literal["speed", "time", "memory", "volume", "rate", "bytes"]
     bound: float
     against: str = "published"
 
@@ -34,17 +35,18 @@ class Verdict:
         """Whether the bound is kept."""
         if self.value is None:
             return False
-        return (
-            self.value >= self.floor.bound if self.floor.kind == "speed" else self.value <= self.floor.bound
-        )
+        least = self.floor.kind in ("speed", "rate")
+        return self.value >= self.floor.bound if least else self.value <= self.floor.bound
 
     def __str__(self) -> str:
-        sign = "at least" if self.floor.kind == "speed" else "at most"
+        sign = "at least" if self.floor.kind in ("speed", "rate") else "at most"
         what = {
             "speed": f"times faster than {self.floor.against}",
             "time": f"times the duration of {self.floor.against}",
             "memory": f"of the peak memory of {self.floor.against}",
             "volume": "of the dense volume at the peak",
+            "rate": "frames per second",
+            "bytes": "bytes at the peak",
         }[self.floor.kind]
         measured = "not measured" if self.value is None else f"{self.value:.3g}"
         word = "pass" if self.reached else "FAIL"
@@ -95,18 +97,22 @@ FLOORS: tuple[Floor, ...] = (
     Floor("training_step-t2_b2_256-contiguous-float32-forward", "speed", 1.3),
     Floor("training_step-t2_b2_256-contiguous-float32-forward", "memory", 0.8),
     Floor("pyramid-on_demand_128-contiguous-float32-forward", "volume", 0.05),
+    Floor("propagate-480p", "rate", 3),
+    Floor("propagate-1080p", "bytes", 2 * 2**30),
 )
 
 
 def judge(results: Mapping[str, Any]) -> list[Verdict]:
     """A verdict for every floor from one device's results."""
-    cases = {entry["id"]: entry for entry in results["cases"]}
+    cases = {entry["id"]: entry for entry in [*results["cases"], *results.get("propagation", ())]}
     return [Verdict(floor, _measured(floor, cases.get(floor.case))) for floor in FLOORS]
 
 
 def _measured(floor: Floor, entry: Mapping[str, Any] | None) -> float | None:
     if entry is None:
         return None
+    if floor.kind in ("rate", "bytes"):
+        return entry["frames_per_second"] if floor.kind == "rate" else entry["peak_bytes"]
     contenders = entry["contenders"]
     ours = contenders["ours"]
     if floor.kind == "volume":

@@ -49,8 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """Results, with those of whole steps that lie beside them."""
+    """Results, with those of whole steps and of video that lie beside them."""
     results = json.loads(file.read_text())
+    video = file.with_name("propagation.json")
+    if video.exists():
+        results["propagation"] = json.loads(video.read_text())["cases"]
     steps = file.with_name("end_to_end.json")
     if steps.exists():
         results["cases"] += json.loads(steps.read_text())["cases"]
@@ -82,6 +85,8 @@ def table(results: Mapping[str, Any]) -> str:
         lines += [f"## {title}", "", *HEADER]
         lines += [_row(e, _times(e)) for e in sorted(entries, key=_order)]
         lines.append("")
+    if "propagation" in results:
+        lines += ["## Video", "", *propagation(results)]
     return "\n".join(lines)
 
 
@@ -101,6 +106,29 @@ our peak of newly allocated memory, the result included, over the published one'
 operations (at that of a matrix product in the same dtype), both measured in the same run, over our
 time; small maps that stay in the caches may exceed 100 %. *training*: forward and backward.
 † served by the PyTorch reference: no compiled kernel ran."""
+
+
+def propagation(results: Mapping[str, Any]) -> list[str]:
+    """Speed, memory and stages of ``gi-model propagate`` by size, if they were measured."""
+    cases = results.get("propagation", [])
+    if not cases:
+        return []
+    lines = [
+        "`gi-model propagate` without weights, H.264 to H.264, a hole of about 7 % that moves over a pan "
+        "(`python -m benchmarks.bench_propagation`):",
+        "",
+        "| size | frames | frames per second | peak memory | where the time goes |",
+        "|---|--:|--:|--:|---|",
+    ]
+    for case in cases:
+        total = sum(case["stages"].values()) or 1.0
+        shares = sorted(case["stages"].items(), key=lambda item: -item[1])
+        spent = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in shares)
+        lines.append(
+            f"| {case['name']} ({case['width']}x{case['height']}) | {case['frames']} "
+            f"| {case['frames_per_second']:.2f} | {case['peak_bytes'] / 2**20:.0f} MiB | {spent} |"
+        )
+    return [*lines, "", "Decoding and encoding run beside the rest, in threads.", ""]
 
 
 def preface(results: Mapping[str, Any]) -> list[str]:
@@ -144,6 +172,7 @@ def section(readme: Path, loaded: Iterable[tuple[Path, Mapping[str, Any]]]) -> N
             "",
             *preface(results),
             "",
+            *propagation(results),
         ]
     lines.append(END)
     before, rest = text.split(BEGIN, 1)
