@@ -11,7 +11,10 @@ from gi_kernels.testing import tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+EXAMPLES = EXAMPLE.findall(README)
+#: Every document whose links must lead somewhere.
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/propagation.md")
 
 
 def test_operator_table_is_in_sync() -> None:
@@ -44,11 +47,17 @@ def test_example(example: str) -> None:
     exec(compile(example, "README.md", "exec"), {"__name__": "example"})
 
 
+def test_examples_of_the_video_tool() -> None:
+    pytest.importorskip("cv2", reason="the [video] extra is not installed")
+    for example in EXAMPLE.findall((ROOT / "docs" / "propagation.md").read_text()):
+        exec(compile(example, "propagation.md", "exec"), {"__name__": "example"})
+
+
 def test_relative_links_lead_somewhere() -> None:
-    for name in ("README.md", "CONTRIBUTING.md"):
+    for name in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
             if not target.startswith("http"):
-                assert (ROOT / target).exists(), f"{name}: {target}"
+                assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
 
 
 def test_make_targets_that_are_named_exist() -> None:
