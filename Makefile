@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(BIN):$(PATH)
 
 .PHONY: help demo install test lint types ctest unit interpret interpret-long fuzz variants emulate \
-        sanitize sanitize-short mutants install-ladder cuda-build cuda-record bench gpu-suite readme \
+        sanitize sanitize-short mutants install-ladder cuda-build cuda-record bench quality gpu-suite readme \
         doctor clean
 .NOTPARALLEL:
 
@@ -121,6 +121,12 @@ bench:  ## benchmarks, their table and plot
 	$(BIN)/pytest benchmarks/bench_end_to_end.py --benchmark-only
 	$(BIN)/python -m benchmarks.bench_propagation
 	$(BIN)/python -m benchmarks.report
+
+CLIPS ?= build/clips
+quality: install  ## how good propagation is on clips with known truth: table, pictures, floors
+	-$(BIN)/python -m benchmarks.clips $(CLIPS)
+	-$(BIN)/gi-model fetch-lpips
+	$(BIN)/python -m benchmarks.quality --clips $(CLIPS)
 
 readme:  ## the generated tables of README.md
 	$(BIN)/python -m gi_kernels.testing.tables README.md
