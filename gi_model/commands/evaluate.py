@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     sets = {n: ValidationSet(options.data, n, multiple=options.multiple) for n in options.references}
     measures, weights, not_computed = load_measures(options.lpips, options.inception)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(options.device)
+    device = chosen_device(options.device)
     settings = _settings(options, sets[options.references[0]], weights)
     output = Path(options.output)
     barrier = _barrier(world)
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
             pass
     barrier()
     if rank == 0:
-        measured = {n: journals[n].read(len(batches)) for n in sets}
+        measured = {n: journals[n].read(range(len(batches))) for n in sets}
         _report(options, output, measured, not_computed, settings)
         _write_cases(options, output, sets, measured, filler, device)
     barrier()
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def load_measures(
-    lpips_files: list[str] | None, inception_file: str | None
+    lpips_files: list[str] | None, inception_file: str | None, network: str = "vgg16"
 ) -> tuple[Measures, dict[str, str | None], dict[str, str]]:
     """What can be measured, hashes of its weights, and what cannot be measured and why.
 
@@ -130,9 +130,9 @@ def load_measures(
     from gi_model.evaluation.lpips_weights import cached_name
 
     measures, not_computed = Measures(), {}
-    files = [Path(file) for file in lpips_files or [str(cached_name("vgg16"))]]
+    files = [Path(file) for file in lpips_files or [str(cached_name(network))]]
     if lpips_files or files[0].is_file():
-        measures.lpips = lpips("vgg16", files)
+        measures.lpips = lpips(network, files)
     else:
         not_computed["lpips"] = "no weights: run `gi-model fetch-lpips`, or give --lpips"
     if inception_file:
@@ -150,7 +150,8 @@ def load_measures(
     return measures, hashes, not_computed
 
 
-def _device(name: str | None) -> torch.device:
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name; by default this process's GPU, or the CPU without any."""
     import torch
 
     try:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,14 @@ class Journal:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def read(self, batches: int) -> dict[str, np.ndarray]:
-        """What was measured of all images, in order; of all ``batches``, which must be there.
+    def read(self, batches: Iterable[int]) -> dict[str, np.ndarray]:
+        """What was measured of ``batches``, at least one, which must be there; joined in their order.
 
         Raises:
             InputError: a batch is missing or damaged.
         """
         parts: list[dict[str, np.ndarray]] = []
-        for batch in range(batches):
+        for batch in batches:
             path = self._path(batch)
             try:
                 with np.load(path, allow_pickle=False) as file:
