@@ -70,20 +70,19 @@ def test_patch_consistency():
     draw = np.random.default_rng(0)
     wide = draw.random((200, 220, 3)).astype(np.float32)
     still, moved = wide[30:150, 30:160], wide[20:140, 45:175]  # 10 up, 15 to the right
-    assert devil.patch_consistency([still, moved], [(40, 50)]) == math.inf
+    assert devil.patch_consistency([still, moved], [(40, 50)], devil.patch_psnr) == math.inf
     # 20 pixels behind is one too far.
-    assert devil.patch_consistency([still, wide[10:130, 30:160]], [(40, 50)]) < 20
-    assert devil.patch_consistency([still, wide[50:170, 30:160]], [(40, 50)]) == math.inf
-    assert math.isnan(devil.patch_consistency([still, moved], [None]))
+    assert devil.patch_consistency([still, wide[10:130, 30:160]], [(40, 50)], devil.patch_psnr) < 20
+    assert devil.patch_consistency([still, wide[50:170, 30:160]], [(40, 50)], devil.patch_psnr) == math.inf
+    assert math.isnan(devil.patch_consistency([still, moved], [None], devil.patch_psnr))
 
     shifted = np.clip(still + 0.1, 0, 2)
-    best = min(
-        float(((shifted[r : r + 50, c : c + 50].astype(np.float64) - still[3:53, 70:120]) ** 2).mean())
-        for r in range(0, 23)
-        for c in range(50, 81)
-    )
-    found = devil.patch_consistency([still, shifted], [(3, 70)])
-    assert found == pytest.approx(-10 * math.log10(best), rel=1e-6)
+    places = [shifted[r : r + 50, c : c + 50] for r in range(0, 23) for c in range(50, 81)]
+    patch = still[3:53, 70:120]
+    best = max(devil.psnr(patch, place) for place in places)
+    assert devil.patch_consistency([still, shifted], [(3, 70)], devil.patch_psnr) == pytest.approx(best)
+    best = max(devil.ssim(patch, place) for place in places)
+    assert devil.patch_consistency([still, shifted], [(3, 70)], devil.patch_ssim) == pytest.approx(best)
 
 
 def test_places_of_patches():
@@ -146,11 +145,10 @@ def test_splits_and_videos(folders, tmp_path, capsys):
     said = capsys.readouterr().out
     for name, why in (("lpips", "no weights"), ("fid", "no weights"), ("pvcs", "no weights: give --i3d")):
         assert f"not computed: {name} ({why}" in said
-    assert "not computed: pcons_ssim (not implemented)" in said
     tree = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(tree["splits"]) == ["large", "small"]
     large, small = tree["splits"]["large"], tree["splits"]["small"]
-    scores = {"psnr", "ssim", "warp_error", "warp_error_mask", "pcons_psnr", "pcons_psnr_mask"}
+    scores = {"psnr", "ssim", "warp_error", "warp_error_mask", "pcons_psnr", "pcons_ssim", "pcons_psnr_mask"}
     assert set(large["mean"]) == scores
     assert set(large["videos"]["video0"]) == scores | {"frames"}
     assert small["mean"]["psnr"] > large["mean"]["psnr"] + 5  # only inside the mask

@@ -98,7 +98,6 @@ def _measures(
         not_computed |= dict.fromkeys(("pvcs", "vfid"), "no weights: give --i3d")
     if not options.masks:
         not_computed |= dict.fromkeys(NEED_MASKS, "needs MASKS")
-    not_computed["pcons_ssim"] = "not implemented"
     return measures, weights | {"i3d": digest(options.i3d) if options.i3d else None}, not_computed
 
 

@@ -8,18 +8,21 @@ Source: Szeto, Corso, "The DEVIL is in the Details: A Diagnostic Evaluation Benc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from gi_model.evaluation.i3d import CLIP, I3D, clip_distance
 from gi_model.evaluation.inception import Inception
 from gi_model.evaluation.lpips import LPIPS
 from gi_model.evaluation.video import motion, warp_error
 
+WINDOW = 7  # pixels of a side, of SSIM
 SEED = 1234  # of the random patches
 PATCH = 50  # pixels of a patch's side
 SEARCH = 20  # pixels around a patch's place in which the next frame is searched
@@ -33,6 +36,7 @@ PER_VIDEO = (
     "warp_error",
     "warp_error_mask",
     "pcons_psnr",
+    "pcons_ssim",
     "pcons_psnr_mask",
 )
 NEED_MASKS = ("warp_error_mask", "pcons_psnr_mask")
@@ -62,7 +66,8 @@ class VideoMeasures:
         Args:
             result, truth: N frames each; result is measured as it is.
             masks: of the frames; without them, scores of ``NEED_MASKS`` are left out.
-            corners: N - 1 places of patches, of ``random_corners``; ``None``: ``pcons_psnr`` is NaN.
+            corners: N - 1 places of patches, of ``random_corners``; ``None``: ``pcons_psnr`` and
+                ``pcons_ssim`` are NaN.
         """
         scores = {
             "psnr": np.mean([psnr(a, b) for a, b in zip(truth, result, strict=True)]),
@@ -72,10 +77,13 @@ class VideoMeasures:
         steps = motion([np.rint(255 * frame).astype(np.uint8) for frame in truth])
         everywhere = [np.ones(frame.shape[:2], bool) for frame in result]
         scores["warp_error"] = np.float64(warp_error(levels, everywhere, steps))
-        scores["pcons_psnr"] = np.float64(patch_consistency(result, corners or []))
+        scores["pcons_psnr"] = np.float64(patch_consistency(result, corners or [], patch_psnr))
+        scores["pcons_ssim"] = np.float64(patch_consistency(result, corners or [], patch_ssim))
         if masks is not None:
             scores["warp_error_mask"] = np.float64(warp_error(levels, masks, steps))
-            scores["pcons_psnr_mask"] = np.float64(patch_consistency(result, masked_corners(masks)))
+            scores["pcons_psnr_mask"] = np.float64(
+                patch_consistency(result, masked_corners(masks), patch_psnr)
+            )
         features: dict[str, torch.Tensor] = {}
         pairs = [(self._tensor(a), self._tensor(b)) for a, b in zip(result, truth, strict=True)]
         if self.lpips:
@@ -108,17 +116,20 @@ def ssim(image: np.ndarray, other: np.ndarray) -> float:
     Unbiased variances; the constants are those of a range of 2, which scikit-image 0.17 takes for floating
     images, as DEVIL does: larger than of the range of 1 that the frames have.
     """
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    unbiased = 49 / 48
     x, y = image.astype(np.float64), other.astype(np.float64)
 
     def mean(v: np.ndarray) -> np.ndarray:
-        return cv2.blur(v, (7, 7))[3:-3, 3:-3]
+        return cv2.blur(v, (WINDOW, WINDOW))[3:-3, 3:-3]
 
-    m, n = mean(x), mean(y)
-    v, w = unbiased * (mean(x * x) - m * m), unbiased * (mean(y * y) - n * n)
-    c = unbiased * (mean(x * y) - m * n)
-    return float(((2 * m * n + c1) * (2 * c + c2) / ((m * m + n * n + c1) * (v + w + c2))).mean())
+    return float(_index(mean(x), mean(y), mean(x * x), mean(y * y), mean(x * y)).mean())
+
+
+def _index(m: Any, n: Any, xx: Any, yy: Any, xy: Any) -> Any:
+    """SSIM in windows from their means of x, y, x^2, y^2 and xy; arrays or tensors."""
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    unbiased = WINDOW**2 / (WINDOW**2 - 1)
+    v, w, c = unbiased * (xx - m * m), unbiased * (yy - n * n), unbiased * (xy - m * n)
+    return (2 * m * n + c1) * (2 * c + c2) / ((m * m + n * n + c1) * (v + w + c2))
 
 
 def pvcs(network: I3D, result: torch.Tensor, truth: torch.Tensor) -> float:
@@ -175,25 +186,54 @@ def masked_corners(masks: Sequence[np.ndarray]) -> list[Corner | None]:
     return corners
 
 
-def patch_consistency(result: Sequence[np.ndarray], corners: Sequence[Corner | None]) -> float:
-    """How well patches are found again in the next frame: PSNR of the best match in dB, averaged over pairs.
+def patch_consistency(
+    result: Sequence[np.ndarray],
+    corners: Sequence[Corner | None],
+    similarity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> float:
+    """How well patches are found again in the next frame: similarity of the best match, averaged over pairs.
 
     A patch of 50x50 pixels is compared with those of the next frame up to 20 pixels before and 19 behind its
     place, in rows and columns. NaN without any patch.
 
     Args:
         corners: for each frame but the last a place, or ``None`` to pass over it.
+        similarity: of a patch ``[3,50,50]`` and every patch in an area ``[3,h,w]``, float64:
+            ``patch_psnr`` or ``patch_ssim``.
     """
     found = []
     for frame, following, corner in zip(result[:-1], result[1:], corners, strict=False):
         if corner is None:
             continue
         row, column = corner
-        patch = torch.from_numpy(frame[row : row + PATCH, column : column + PATCH])
         top, left = max(row - SEARCH, 0), max(column - SEARCH, 0)
-        area = torch.from_numpy(following[top : row + SEARCH - 1 + PATCH, left : column + SEARCH - 1 + PATCH])
-        candidates = area.unfold(0, PATCH, 1).unfold(1, PATCH, 1)  # [rows, columns, 3, PATCH, PATCH]
-        errors = (candidates - patch.permute(2, 0, 1)).square().mean(dim=(2, 3, 4), dtype=torch.float64)
-        error = float(errors.min())
-        found.append(float("inf") if error == 0 else float(-10 * np.log10(error)))
+        patch = frame[row : row + PATCH, column : column + PATCH]
+        area = following[top : row + SEARCH - 1 + PATCH, left : column + SEARCH - 1 + PATCH]
+        pair = (torch.from_numpy(part).permute(2, 0, 1).double() for part in (patch, area))
+        found.append(float(similarity(*pair).max()))
     return float(np.mean(found)) if found else float("nan")
+
+
+def patch_psnr(patch: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB, ``[rows,columns]``, infinite for equal patches."""
+    rows = [(row - patch[:, None]).square().mean(dim=(0, 2, 3)) for row in _rows(area, PATCH)]
+    return -10 * torch.stack(rows).log10()
+
+
+def patch_ssim(patch: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+    """SSIM, ``[rows,columns]``, as ``ssim``."""
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(x, WINDOW, stride=1)
+
+    m, xx = mean(patch)[:, None], mean(patch * patch)[:, None]
+    inner = PATCH - WINDOW + 1
+    windows = zip(_rows(area, PATCH), _rows(mean(area), inner), _rows(mean(area * area), inner), strict=True)
+    rows = [_index(m, n, xx, yy, mean(patch[:, None] * y)).mean(dim=(0, 2, 3)) for y, n, yy in windows]
+    return torch.stack(rows)
+
+
+def _rows(area: torch.Tensor, side: int) -> Iterator[torch.Tensor]:
+    """Squares of ``side`` pixels in ``[3,h,w]``, a row of them at a time: ``[3,columns,side,side]``."""
+    for top in range(area.shape[1] - side + 1):
+        yield area[:, top : top + side].unfold(2, side, 1).permute(0, 2, 1, 3)
