@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from gi_model import export_published, load_checkpoint, load_published
 from gi_model.errors import InputError
 from gi_model.evaluation.frechet import frechet_distance
+from gi_model.evaluation.images import Measures
 from gi_model.evaluation.inception import Inception, inception
+from gi_model.evaluation.lpips import LPIPS
 from gi_model.evaluation.scores import (
     aggregate,
     bin_index,
@@ -146,6 +149,26 @@ def test_published_evaluation(evaluator) -> None:
         if with_fid:
             for group, value in meta["robust_fid"][evaluator].items():
                 assert scores["fid"][group]["mean"] == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize("heads", ["recipe_heads", "real_heads"])
+def test_published_scores_of_images(heads) -> None:
+    arrays, _ = golden("evaluator")
+    images, predicted = (
+        torch.from_numpy(arrays[n]).permute(0, 3, 1, 2).float() / 255 for n in ("images", "predicted")
+    )
+    metric = LPIPS()
+    state = export_published(metric)
+    state = {n: recipe.weight(n, t, 2**0.5 if n.startswith("features") else 1.0) for n, t in state.items()}
+    if heads == "real_heads":
+        state |= load_checkpoint(FOLDER / "lpips_heads.safetensors")
+    load_published(metric, state)
+    measured = Measures(metric)(images, torch.from_numpy(arrays["masks"])[:, None].float(), predicted)
+    for evaluator in ("raw", "stitched"):
+        expected = arrays[f"{evaluator}/lpips_per_image/{heads}"]
+        np.testing.assert_allclose(measured[f"{evaluator}/lpips"], expected, rtol=0, atol=1e-7)
+        expected = arrays[f"{evaluator}/ssim_per_image"]
+        np.testing.assert_allclose(measured[f"{evaluator}/ssim"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_one_image_of_a_bin_and_equal_images() -> None:

@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
     from gi_model.evaluation.filling import load_filler
     from gi_model.evaluation.images import batches_of, measure
     from gi_model.evaluation.journal import Journal
+    from gi_model.evaluation.report import counted
 
     for name in ("batch_size", "multiple"):
         value = getattr(options, name)
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     measures, weights, not_computed = load_measures(options.lpips, options.inception)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = chosen_device(options.device)
-    settings = _settings(options, sets[options.references[0]], weights)
+    settings = {**_settings(options, sets[options.references[0]], weights), "device": device.type}
     output = Path(options.output)
     barrier = _barrier(world)
     filler = load_filler(options.config, options.checkpoint, options.flow_checkpoint, options.flow, device)
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
         own = [batch if i % world == rank else range(0) for i, batch in enumerate(batches)]
         left = sum(1 for i, batch in enumerate(own) if len(batch) and not journals[n].has(i))
         done = measure(filler, samples, measures, journals[n], own, device, options.workers)
-        for _ in progress(done, left, f"{n} references"):
+        for _ in progress(done, left, counted(n, "reference")):
             pass
     barrier()
     if rank == 0:
@@ -233,6 +234,7 @@ def _write_cases(
     import numpy as np
 
     from gi_model.evaluation.page import write_page
+    from gi_model.evaluation.report import counted
 
     sections = []
     for n, samples in sets.items() if options.cases > 0 else ():
@@ -242,7 +244,7 @@ def _write_cases(
         masked = [int(i) for i in order if numbers["area"][i] > 0]
         for what, chosen in (("worst", masked[::-1]), ("best", masked)):
             cases = [_case(samples, i, numbers, filler, device) for i in chosen[: options.cases]]
-            sections.append((f"{n} references: {what} by {by}, stitched", cases))
+            sections.append((f"{counted(n, 'reference')}: {what} by {by}, stitched", cases))
     if sections:
         write_page(output / "cases.html", f"{options.checkpoint} on {options.data}", sections)
         print(f"wrote {output / 'cases.html'}")

@@ -40,13 +40,14 @@ def print_results(results: list[Result], not_computed: Mapping[str, str]) -> Non
     console = Console(width=None if Console().is_terminal else 120)
     for result in results:
         for evaluator, scores in result.scores.items():
-            table = Table(title=f"{result.references} references, {evaluator}", title_justify="left")
+            title = f"{evaluator}, {counted(result.references, 'reference')}"
+            table = Table(title=title, title_justify="left")
             table.add_column("masked")
             table.add_column("images", justify="right")
             columns = _columns(scores)
             for score, statistic in columns:
-                title = score if statistic == "mean" else "±"
-                table.add_column(title, justify="right", min_width=6)
+                heading = score if statistic == "mean" else "±"
+                table.add_column(heading, justify="right", min_width=6)
             for group in _groups(result):
                 values = [scores[s].get(group, {}).get(statistic, math.nan) for s, statistic in columns]
                 shown = ["" if math.isnan(value) else f"{value:.4f}" for value in values]
@@ -55,6 +56,11 @@ def print_results(results: list[Result], not_computed: Mapping[str, str]) -> Non
             console.print(table)
     for name, why in not_computed.items():
         console.print(f"not computed: {name} ({why})", highlight=False)
+
+
+def counted(number: int, thing: str) -> str:
+    """``1 reference``, ``2 references``."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def write_csv(path: Path, results: list[Result]) -> None:
