@@ -209,3 +209,18 @@ def test_generator_sees_nothing_that_is_masked(folder):
     assert seen["flows"] == "flows"
     measured = Measures()(images, masks, predicted)
     assert measured["stitched/psnr"] > measured["raw/psnr"] - 1e-3
+
+
+def test_scores_are_computed_in_full_float32():
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, images):
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            return images.flatten(1)
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    image = torch.rand(1, 3, 8, 8)
+    Measures(inception=Network())(image, image[:, :1], image)
+    assert seen == ["ieee"] * 3
+    assert torch.backends.cudnn.conv.fp32_precision == before

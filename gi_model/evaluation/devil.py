@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from gi_model.evaluation.i3d import CLIP, I3D, clip_distance
 from gi_model.evaluation.inception import Inception
 from gi_model.evaluation.lpips import LPIPS
+from gi_model.evaluation.precision import full_float32
 from gi_model.evaluation.video import motion, warp_error
 
 WINDOW = 7  # pixels of a side, of SSIM
@@ -54,6 +55,7 @@ class VideoMeasures:
     device: str | torch.device = "cpu"
 
     @torch.no_grad()
+    @full_float32()
     def __call__(
         self,
         result: Sequence[np.ndarray],

@@ -15,6 +15,7 @@ from gi_model.evaluation.filling import Filler
 from gi_model.evaluation.inception import Inception
 from gi_model.evaluation.journal import Journal
 from gi_model.evaluation.lpips import LPIPS, sum_of
+from gi_model.evaluation.precision import full_float32
 from gi_model.evaluation.scores import Scores, aggregate
 from gi_model.evaluation.similarity import psnr, ssim
 
@@ -31,6 +32,7 @@ class Measures:
     inception: Inception | None = None
 
     @torch.no_grad()
+    @full_float32()
     def __call__(
         self, images: torch.Tensor, masks: torch.Tensor, predicted: torch.Tensor
     ) -> dict[str, np.ndarray]:

@@ -53,7 +53,8 @@ class Video:
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]:
         result = FrameSource(self.result, "RESULTS")
         if self.masks is not None:
-            yield from aligned(result, MaskSource(self.masks, "MASKS"), truth)
+            for step in aligned(result, MaskSource(self.masks, "MASKS"), truth):
+                yield step[0], step[1], step[2]
             return
         others = iter(truth)
         count = 0
