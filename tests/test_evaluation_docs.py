@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gi_model import build_generator, cli, configs, export_published
-from gi_model.evaluation import inception
+from gi_model.evaluation import loading
 from gi_model.evaluation.i3d import I3D
 
 TEXT = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
@@ -34,7 +34,7 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GI_MODEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(configs.NAMED, "ours", TINY)
-    monkeypatch.setattr(inception, "inception", lambda path: SmallInception())
+    monkeypatch.setattr(loading, "inception", lambda path: SmallInception())
     torch.save(export_published(build_generator("ours"), "generator."), "ours.ckpt")
     Path("pt_inception-2015-12-05-6726825d.pth").touch()
     torch.save(I3D().state_dict(), "rgb_imagenet.pt")

@@ -20,12 +20,8 @@ from gi_model.progress import progress
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from gi_model.data.validation import ValidationSet
-    from gi_model.evaluation.filling import Filler
-    from gi_model.evaluation.images import Measures
-    from gi_model.evaluation.page import Case
     from gi_model.evaluation.report import Result
 
 NAME = "evaluate"
@@ -72,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
     from gi_model.evaluation.filling import load_filler
     from gi_model.evaluation.images import batches_of, measure
     from gi_model.evaluation.journal import Journal
+    from gi_model.evaluation.loading import chosen_device, load_measures
+    from gi_model.evaluation.page import write_cases
     from gi_model.evaluation.report import counted
 
     for name in ("batch_size", "multiple"):
@@ -111,56 +109,12 @@ def run(options: argparse.Namespace) -> int:
     if rank == 0:
         measured = {n: journals[n].read(range(len(batches))) for n in sets}
         _report(options, output, measured, not_computed, settings)
-        _write_cases(options, output, sets, measured, filler, device)
+        if options.cases > 0:
+            title = f"{options.checkpoint} on {options.data}"
+            write_cases(output / "cases.html", title, sets, measured, filler, device, options.cases)
+            print(f"wrote {output / 'cases.html'}")
     barrier()
     return 0
-
-
-def load_measures(
-    lpips_files: list[str] | None, inception_file: str | None, network: str = "vgg16"
-) -> tuple[Measures, dict[str, str | None], dict[str, str]]:
-    """What can be measured, hashes of its weights, and what cannot be measured and why.
-
-    Raises:
-        InputError: files that were named do not fit. Without names, weights that are missing are no error.
-    """
-    from gi_model.evaluation.images import Measures
-    from gi_model.evaluation.inception import inception
-    from gi_model.evaluation.journal import digest
-    from gi_model.evaluation.lpips import lpips
-    from gi_model.evaluation.lpips_weights import cached_name
-
-    measures, not_computed = Measures(), {}
-    files = [Path(file) for file in lpips_files or [str(cached_name(network))]]
-    if lpips_files or files[0].is_file():
-        measures.lpips = lpips(network, files)
-    else:
-        not_computed["lpips"] = "no weights: run `gi-model fetch-lpips`, or give --lpips"
-    if inception_file:
-        measures.inception = inception(inception_file)
-    else:
-        not_computed["fid"] = "no weights: give --inception"
-        not_computed["ssim_fid100_f1"] = "needs fid"
-    if measures.lpips is None or measures.inception is None:
-        missing = [name for name in ("lpips", "fid") if name in not_computed]
-        not_computed["lpips_fid100_f1"] = f"needs {' and '.join(missing)}"
-    hashes = {
-        "lpips": " ".join(digest(file) for file in files) if measures.lpips else None,
-        "inception": digest(inception_file) if inception_file else None,
-    }
-    return measures, hashes, not_computed
-
-
-def chosen_device(name: str | None) -> torch.device:
-    """The device of that name; by default this process's GPU, or the CPU without any."""
-    import torch
-
-    try:
-        if name is None:
-            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device: {name!r} cannot be used: {error}") from error
 
 
 def _barrier(world: int) -> Callable[[], object]:
@@ -221,60 +175,3 @@ def _report(
     write_csv(output / "results.csv", results)
     write_json(output / "results.json", results, not_computed, settings)
     print(f"wrote {output / 'results.csv'}, {output / 'results.json'}")
-
-
-def _write_cases(
-    options: argparse.Namespace,
-    output: Path,
-    sets: dict[int, ValidationSet],
-    measured: dict[int, dict[str, np.ndarray]],
-    filler: Filler,
-    device: torch.device,
-) -> None:
-    import numpy as np
-
-    from gi_model.evaluation.page import write_page
-    from gi_model.evaluation.report import counted
-
-    sections = []
-    for n, samples in sets.items() if options.cases > 0 else ():
-        numbers = measured[n]
-        by, sign = ("lpips", 1) if "stitched/lpips" in numbers else ("ssim", -1)
-        order = np.argsort(sign * numbers[f"stitched/{by}"], kind="stable")
-        masked = [int(i) for i in order if numbers["area"][i] > 0]
-        for what, chosen in (("worst", masked[::-1]), ("best", masked)):
-            cases = [_case(samples, i, numbers, filler, device) for i in chosen[: options.cases]]
-            sections.append((f"{counted(n, 'reference')}: {what} by {by}, stitched", cases))
-    if sections:
-        write_page(output / "cases.html", f"{options.checkpoint} on {options.data}", sections)
-        print(f"wrote {output / 'cases.html'}")
-
-
-def _case(
-    samples: ValidationSet, index: int, numbers: dict[str, np.ndarray], filler: Filler, device: torch.device
-) -> Case:
-    import torch
-
-    from gi_model.evaluation.images import PER_IMAGE, channels_first
-    from gi_model.evaluation.page import Case, tinted
-
-    loaded = {name: torch.from_numpy(value)[None] for name, value in samples[index].items()}
-    images, masks, srcs, srcs_masks = channels_first(loaded, device)
-    predicted = filler(images, masks, srcs, srcs_masks)
-    stitched = masks * predicted + (1 - masks) * images
-
-    def picture(tensor: torch.Tensor) -> np.ndarray:
-        return tensor.float().movedim(-3, -1).cpu().numpy()
-
-    hidden = picture(srcs_masks[0])[..., 0]
-    references = [
-        (f"reference {t + 1}", tinted(frame, hidden[t])) for t, frame in enumerate(picture(srcs[0]))
-    ]
-    truth = picture(images[0])
-    pictures = [("masked", tinted(truth, picture(masks[0])[..., 0])), *references]
-    pictures += [("raw", picture(predicted[0])), ("stitched", picture(stitched[0])), ("truth", truth)]
-    shown = [f"{numbers['area'][index]:.0%} masked"]
-    for score in PER_IMAGE:
-        if f"stitched/{score}" in numbers:
-            shown.append(f"{score} {numbers[f'stitched/{score}'][index]:.4f}")
-    return Case(samples.targets[index].image.name, ", ".join(shown), pictures)

@@ -43,9 +43,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """``gi-model evaluate-video``."""
-    from gi_model.commands.evaluate import chosen_device
     from gi_model.evaluation.devil import random_corners
     from gi_model.evaluation.journal import Journal
+    from gi_model.evaluation.loading import chosen_device
     from gi_model.evaluation.splits import find_videos
     from gi_model.evaluation.video_report import print_splits, split_results, write_results
 
@@ -84,10 +84,10 @@ def _measures(
     options: argparse.Namespace,
 ) -> tuple[VideoMeasures, dict[str, str | None], dict[str, str]]:
     """What can be measured, hashes of its weights, and what cannot be measured and why."""
-    from gi_model.commands.evaluate import load_measures
     from gi_model.evaluation.devil import NEED_MASKS, VideoMeasures
     from gi_model.evaluation.i3d import i3d
     from gi_model.evaluation.journal import digest
+    from gi_model.evaluation.loading import load_measures
 
     images, weights, missing = load_measures(options.lpips, options.inception, "alexnet")
     not_computed = {name: why for name, why in missing.items() if name in ("lpips", "fid")}
