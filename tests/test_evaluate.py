@@ -16,8 +16,9 @@ import torch
 from gi_model import build_generator, cli, export_published
 from gi_model.commands import evaluate
 from gi_model.data.validation import ValidationSet
+from gi_model.errors import InputError
 from gi_model.evaluation import images as measuring
-from gi_model.evaluation.filling import Filler
+from gi_model.evaluation.filling import Filler, load_filler
 from gi_model.evaluation.images import Measures
 from gi_model.evaluation.inception import Inception
 from gi_model.evaluation.journal import Journal
@@ -224,3 +225,19 @@ def test_scores_are_computed_in_full_float32():
     Measures(inception=Network())(image, image[:, :1], image)
     assert seen == ["ieee"] * 3
     assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+@pytest.mark.parametrize("kind", ["lama", "transformer"])
+def test_generators_without_flow(folder, tmp_path, kind):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(f"{{kind: {kind}, blocks: 1, width: 8, max_width: 16, downsamplings: 2}}\n")
+    generator = build_generator(config)
+    state = export_published(generator) if kind == "lama" else generator.state_dict()
+    torch.save({f"generator.{name}": tensor for name, tensor in state.items()}, tmp_path / "tiny.ckpt")
+    filler = load_filler(config, tmp_path / "tiny.ckpt")
+    assert filler.stage is None
+    loaded = {n: torch.from_numpy(v)[None] for n, v in ValidationSet(folder / "data", 1)[2].items()}
+    predicted = filler(*measuring.channels_first(loaded, torch.device("cpu")))
+    assert predicted.shape == (1, 3, 32, 32)
+    with pytest.raises(InputError):
+        load_filler(config, folder / "tiny.ckpt")
