@@ -33,6 +33,7 @@ PUBLISHED: dict[str, Callable[..., torch.Tensor]] = {
     "pixel_projection": published.published_pixel_projection,
     "projected_aggregation": published.published_projected_aggregation,
     "window_pool": published.published_window_pool,
+    "window_query": published.published_window_query,
     "window_spread": published.published_window_spread,
 }
 
@@ -45,6 +46,7 @@ MAPS = {
     "pixel_projection": ("input",),
     "projected_aggregation": ("features", "references"),
     "window_pool": ("logits", "features"),
+    "window_query": ("features",),
     "window_spread": ("logits",),
 }
 

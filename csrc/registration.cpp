@@ -28,6 +28,8 @@ TORCH_LIBRARY(gi, m) {
   m.def("relayout(Tensor x, bool channels_last) -> Tensor");
   m.def("window_pool(Tensor logits, Tensor features, int rows, int columns) -> Tensor");
   m.def("window_pool_backward(Tensor grad, Tensor logits, Tensor features, int rows, int columns, bool need_logits, bool need_features) -> (Tensor, Tensor)");
+  m.def("window_query(Tensor features, Tensor queries, int rows, int columns) -> Tensor");
+  m.def("window_query_backward(Tensor grad, Tensor features, Tensor queries, int rows, int columns, bool need_features, bool need_queries) -> (Tensor, Tensor)");
   m.def("window_spread(Tensor logits, Tensor latents, int rows, int columns) -> Tensor");
   m.def("window_spread_backward(Tensor grad, Tensor logits, Tensor latents, int rows, int columns, bool need_logits, bool need_latents) -> (Tensor, Tensor)");
 }

@@ -16,6 +16,7 @@ from gi_kernels.ops.global_attention import global_attention
 from gi_kernels.ops.pixel_projection import pixel_projection
 from gi_kernels.ops.projected_aggregation import projected_aggregation
 from gi_kernels.ops.window_pool import window_pool
+from gi_kernels.ops.window_query import window_query
 from gi_kernels.ops.window_spread import window_spread
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ __all__ = [
     "pixel_projection",
     "projected_aggregation",
     "window_pool",
+    "window_query",
     "window_spread",
 ]
 

@@ -23,7 +23,7 @@ BINDINGS = sorted(CSRC.glob("*/bind_cuda.cpp"))
 #: Operators whose GPU kernels are Triton's, or that only serve the CPU.
 NOT_IN_CUDA = {
     *("batch_norm", "fused_convolution", "fused_convolution_pack", "global_attention", "pixel_projection"),
-    *("projected_aggregation", "relayout"),
+    *("projected_aggregation", "relayout", "window_query"),
 }
 BUILD = importlib.util.spec_from_file_location("cuda_build", CSRC / "tests" / "cuda_build.py")
 cuda_build = importlib.util.module_from_spec(BUILD)

@@ -555,6 +555,22 @@ def test_return_attention(case, backend):
     assert_close({"attention": attention}, {"attention": expected.flatten(4).flatten(2, 3)}, EXACT)
 
 
+@each(READ)
+def test_a_read_pools_alike_by_queries_and_by_logits(case, backend):
+    """CPUs go one way, GPUs the other: the same numbers, and the same gradients but for the logits' bias."""
+    layer, (_, features) = case.make()
+    weight, bias = layer.to_logits.weight, layer.to_logits.bias
+    sources = (features.requires_grad_(), weight, bias)
+    found = {}
+    for way in ("queries", "logits"):
+        pooled = getattr(layer, f"_pool_by_{way}")(features)
+        gradients = torch.autograd.grad(pooled.sin().sum(), sources)
+        found[way] = dict(zip(("features", "weight", "bias"), gradients, strict=True), pooled=pooled)
+    assert torch.equal(found["queries"].pop("bias"), torch.zeros_like(bias))
+    assert found["logits"].pop("bias").abs().max() < 1e-12
+    assert_close(found["queries"], found["logits"], EXACT)
+
+
 # Compilers, copies, checkpoints
 
 

@@ -1,5 +1,5 @@
-// Windows of a map, and the three matrix products between their pixels and one row of channels per
-// head that pooling, spreading and their gradients are made of.
+// Windows of a map, the softmax over them, and the three matrix products between their pixels and one row
+// of channels per head that pooling, spreading and their gradients are made of.
 #pragma once
 
 #include <type_traits>
@@ -34,10 +34,10 @@ struct WindowGrid {
   i64 pieces;         // pieces of a row of windows
   i64 batch;
 
-  WindowGrid(const Array& map, i64 rows_, i64 columns_, bool staged)
+  WindowGrid(const Array& map, i64 rows_, i64 columns_, bool staged, i64 staged_width = kStagedPieceWidth)
       : rows(rows_), columns(columns_), height(map.size[2] / rows_), width(map.size[3] / columns_),
         batch(map.size[0]) {
-    const i64 least = staged ? kStagedPieceWidth : kPieceWidth;
+    const i64 least = staged ? staged_width : kPieceWidth;
     across = minimum(columns, (least + width - 1) / width);
     pieces = (columns + across - 1) / across;
   }
@@ -72,14 +72,16 @@ template <class T> GI_HOST_DEVICE Block<const T> constant(const Block<T>& block)
 struct WindowSteps {
   i64 channels, rows;
 
-  template <class A> static WindowSteps of(i64 C, const WindowGrid& grid, bool staged) {
+  template <class A>
+  static WindowSteps of(i64 C, const WindowGrid& grid, bool staged, i64 slab_bytes = kWindowSlabBytes,
+                        i64 slab_channels = kWindowSlabChannels) {
     if (!staged) return {C, grid.height};
     const i64 pixel = grid.across * grid.width * i64(sizeof(A));
-    i64 channels = kWindowSlabChannels;
-    while (channels > kLanes<A> && pixel * channels > kWindowSlabBytes) channels /= 2;
+    i64 channels = slab_channels;
+    while (channels > kLanes<A> && pixel * channels > slab_bytes) channels /= 2;
     channels = minimum(channels, padded<A>(C));
     if (channels == 0) return {1, grid.height};
-    return {channels, minimum(grid.height, maximum<i64>(1, kWindowSlabBytes / (pixel * channels)))};
+    return {channels, minimum(grid.height, maximum<i64>(1, slab_bytes / (pixel * channels)))};
   }
 };
 
@@ -139,6 +141,55 @@ inline Block<A> zero_heads(i64 heads, const WindowPiece& piece, i64 height, Scra
 template <class A, class T>
 inline void unstage_heads(const Block<A>& slab, const Array& map, const WindowPiece& piece, i64 height) {
   unstage<A, T>(slab.data, slab.sx, map.size[1], 0, height, piece.width, plane_of<T>(map, piece, 0));
+}
+
+// ---- softmax over a window, head by head in the lanes of vectors ----
+
+// Turns logits into weights that sum to one.
+template <class A>
+inline void softmax(const Block<A>& logits, i64 height, i64 width, i64 heads) {
+  for (i64 h = 0; h < heads; h += kLanes<A>) {
+    Vec<A> top = load<A>(logits.data + h);
+    for (i64 y = 0; y < height; ++y)
+      for (i64 x = 0; x < width; ++x) top = vmax<A>(top, load<A>(logits.at(y, x) + h));
+    Vec<A> sum{};
+    for (i64 y = 0; y < height; ++y) {
+      Vec<A> row{};
+      for (i64 x = 0; x < width; ++x) {
+        A* at = logits.at(y, x) + h;
+        const Vec<A> e = vexp<A>(load<A>(at) - top);
+        store<A>(at, e);
+        row += e;
+      }
+      sum += row;
+    }
+    const Vec<A> scale = A(1) / sum;
+    for (i64 y = 0; y < height; ++y)
+      for (i64 x = 0; x < width; ++x) {
+        A* at = logits.at(y, x) + h;
+        store<A>(at, load<A>(at) * scale);
+      }
+  }
+}
+
+// Turns the gradient of the weights into that of the logits. What all pixels have in common has no effect;
+// without that of the first one, less is rounded, and of equal ones nothing is left.
+template <class A>
+inline void softmax_backward(const Block<A>& weights, const Block<A>& grad, i64 height, i64 width, i64 heads) {
+  for (i64 h = 0; h < heads; h += kLanes<A>) {
+    const Vec<A> first = load<A>(grad.data + h);
+    Vec<A> mean{};
+    for (i64 y = 0; y < height; ++y) {
+      Vec<A> row{};
+      for (i64 x = 0; x < width; ++x) row += load<A>(weights.at(y, x) + h) * (load<A>(grad.at(y, x) + h) - first);
+      mean += row;
+    }
+    for (i64 y = 0; y < height; ++y)
+      for (i64 x = 0; x < width; ++x) {
+        A* at = grad.at(y, x) + h;
+        store<A>(at, load<A>(weights.at(y, x) + h) * (load<A>(at) - first - mean));
+      }
+  }
 }
 
 // ---- one row of channels per head of each window: an array [B,windows,h,C] ----
@@ -270,36 +321,45 @@ inline void pool_window(const Block<S>& in, i64 height, i64 width, const Block<c
     });
 }
 
-template <class A, class O, int M, int V>
-inline void spread_tile(const A* rows, i64 row_stride, i64 heads, const A* weights, i64 weight_stride, O* out,
-                        i64 out_stride) {
-  constexpr int L = kLanes<A>;
-  Vec<A> sum[M][V] = {};
-  for (i64 h = 0; h < heads; ++h) {
+// Rows of channels, one per head, and the weight of each at every pixel.
+template <class A> struct WeighedRows {
+  const A* rows;
+  i64 stride, heads;
+  Block<const A> weights;
+};
+
+template <class A, int M, int V>
+GI_HOST_DEVICE void add_weighed(const WeighedRows<A>& r, i64 y, i64 x, i64 channel, Vec<A> (&sum)[M][V]) {
+  const A *rows = r.rows + channel, *weights = r.weights.at(y, x);
+  for (i64 h = 0; h < r.heads; ++h) {
     Vec<A> value[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) value[v] = load<A>(rows + h * row_stride + v * L);
+    for (int v = 0; v < V; ++v) value[v] = load<A>(rows + h * r.stride + v * kLanes<A>);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[m][v] += value[v] * weights[m * weight_stride + h];
+      for (int v = 0; v < V; ++v) sum[m][v] += value[v] * weights[m * r.weights.sx + h];
   }
+}
+
+template <class A, class O, int M, int V, class... Rows>
+inline void spread_tile(const Block<O>& out, i64 y, i64 x, i64 channel, const Rows&... rows) {
+  Vec<A> sum[M][V] = {};
+  (add_weighed<A, M, V>(rows, y, x, channel, sum), ...);
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store<A>(out + m * out_stride + v * L, sum[m][v]);
+    for (int v = 0; v < V; ++v) store<A>(out.at(y, x + m) + channel + v * kLanes<A>, sum[m][v]);
 }
 
-// out[p][c] = sum over heads h of weights[p][h] * rows[h][c].
-template <class A, class O>
-inline void spread_window(const A* rows, i64 row_stride, i64 heads, i64 channels, const Block<const A>& weights,
-                          i64 height, i64 width, const Block<O>& out) {
+// out[p][c] = sum over heads h of weights[p][h] * rows[h][c], and over all `rows` that are given.
+template <class A, class O, class... Rows>
+inline void spread_window(const Block<O>& out, i64 height, i64 width, i64 channels, const Rows&... rows) {
   constexpr i64 L = kLanes<A>;
   for (i64 y = 0; y < height; ++y)
     in_steps<4>(0, width, [&](i64 x, auto M) {
       in_steps<kTileVectors>(0, (channels + L - 1) / L, [&](i64 block, auto V) {
-        spread_tile<A, O, M(), V()>(rows + block * L, row_stride, heads, weights.at(y, x), weights.sx,
-                                    out.at(y, x) + block * L, out.sx);
+        spread_tile<A, O, M(), V()>(out, y, x, block * L, rows...);
       });
     });
 }

@@ -4,51 +4,6 @@
 
 GI_BEGIN_VARIANT
 
-// Turns logits into weights that sum to one over a window, head by head in the lanes of vectors.
-template <class A>
-void softmax(const Block<A>& logits, i64 height, i64 width, i64 heads) {
-  for (i64 h = 0; h < heads; h += kLanes<A>) {
-    Vec<A> top = load<A>(logits.data + h);
-    for (i64 y = 0; y < height; ++y)
-      for (i64 x = 0; x < width; ++x) top = vmax<A>(top, load<A>(logits.at(y, x) + h));
-    Vec<A> sum{};
-    for (i64 y = 0; y < height; ++y) {
-      Vec<A> row{};
-      for (i64 x = 0; x < width; ++x) {
-        A* at = logits.at(y, x) + h;
-        const Vec<A> e = vexp<A>(load<A>(at) - top);
-        store<A>(at, e);
-        row += e;
-      }
-      sum += row;
-    }
-    const Vec<A> scale = A(1) / sum;
-    for (i64 y = 0; y < height; ++y)
-      for (i64 x = 0; x < width; ++x) {
-        A* at = logits.at(y, x) + h;
-        store<A>(at, load<A>(at) * scale);
-      }
-  }
-}
-
-// Turns the gradient of the weights into that of the logits.
-template <class A>
-void softmax_backward(const Block<A>& weights, const Block<A>& grad, i64 height, i64 width, i64 heads) {
-  for (i64 h = 0; h < heads; h += kLanes<A>) {
-    Vec<A> mean{};
-    for (i64 y = 0; y < height; ++y) {
-      Vec<A> row{};
-      for (i64 x = 0; x < width; ++x) row += load<A>(weights.at(y, x) + h) * load<A>(grad.at(y, x) + h);
-      mean += row;
-    }
-    for (i64 y = 0; y < height; ++y)
-      for (i64 x = 0; x < width; ++x) {
-        A* at = grad.at(y, x) + h;
-        store<A>(at, load<A>(weights.at(y, x) + h) * (load<A>(at) - mean));
-      }
-  }
-}
-
 template <class A, class T>
 Block<A> weights_of(const Array& logits, const WindowGrid& grid, const WindowPiece& piece, Scratch& memory) {
   const Block<A> weights = stage_heads<A, T>(logits, piece, grid.height, memory);
@@ -136,10 +91,11 @@ void backward_typed(const WindowPoolBackward& a, i64 begin, i64 end) {
           });
         if (a.grad_features.data)
           write_pixels<A, T>(a.grad_features, piece, c0, channels, y0, rows, pixel_memory, [&](auto out) {
-            for (i64 w = 0; w < piece.count; ++w)
-              spread_window<A>(grad.at(w), grad.head, heads, channels,
-                               constant(rows_from(weights, y0, w * grid.width)), rows, grid.width,
-                               rows_from(out, 0, w * grid.width));
+            for (i64 w = 0; w < piece.count; ++w) {
+              const WeighedRows<A> of_window{grad.at(w), grad.head, heads,
+                                             constant(rows_from(weights, y0, w * grid.width))};
+              spread_window<A>(rows_from(out, 0, w * grid.width), rows, grid.width, channels, of_window);
+            }
           });
       }
     }

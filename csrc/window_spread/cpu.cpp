@@ -47,10 +47,11 @@ void forward_typed(const WindowSpreadForward& a, i64 begin, i64 end) {
       for (i64 y0 = 0; y0 < grid.height; y0 += steps.rows) {
         const i64 rows = minimum(steps.rows, grid.height - y0);
         write_pixels<A, T>(a.output, piece, c0, channels, y0, rows, pixel_memory, [&](auto out) {
-          for (i64 w = 0; w < piece.count; ++w)
-            spread_window<A>(latents.at(w), latents.head, heads, channels,
-                             constant(rows_from(gates, y0, w * grid.width)), rows, grid.width,
-                             rows_from(out, 0, w * grid.width));
+          for (i64 w = 0; w < piece.count; ++w) {
+            const WeighedRows<A> of_window{latents.at(w), latents.head, heads,
+                                           constant(rows_from(gates, y0, w * grid.width))};
+            spread_window<A>(rows_from(out, 0, w * grid.width), rows, grid.width, channels, of_window);
+          }
         });
       }
     }

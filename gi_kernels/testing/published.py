@@ -150,6 +150,13 @@ def published_window_pool(
     return torch.matmul(weights, to_windows(features, windows)).view(B, -1, h, features.shape[1])
 
 
+def published_window_query(
+    features: torch.Tensor, queries: torch.Tensor, windows: tuple[int, int]
+) -> torch.Tensor:
+    """Features [B,C,H,W], queries [h,C] -> [B,r*s,h,C]: a convolution makes the logits."""
+    return published_window_pool(F.conv2d(features, queries[..., None, None]), features, windows)
+
+
 def published_window_spread(
     logits: torch.Tensor, latents: torch.Tensor, windows: tuple[int, int]
 ) -> torch.Tensor:

@@ -150,6 +150,15 @@ def windows(draw, spread: bool) -> tuple[dict[str, Any], None]:
 
 
 @st.composite
+def queried_windows(draw) -> tuple[dict[str, Any], None]:
+    arguments, _ = draw(windows(spread=False))
+    (_, heads, _, _), _ = arguments.pop("logits")
+    features, grid = arguments["features"], arguments["windows"]
+    (_, C, _, _), _ = features
+    return {"features": features, "queries": _tensor(heads, C), "windows": grid}, None
+
+
+@st.composite
 def correlation(draw) -> tuple[dict[str, Any], str | None]:
     B, C = draw(st.integers(0, 2)), draw(channels)
     H1, W1, H2, W2 = (draw(st.integers(1, 7)) for _ in range(4))
@@ -190,6 +199,7 @@ CALLS: dict[str, st.SearchStrategy] = {
     "fused_convolution": convolution(),
     "global_attention": attention(),
     "window_pool": windows(spread=False),
+    "window_query": queried_windows(),
     "window_spread": windows(spread=True),
     "correlation_lookup": correlation(),
     "convex_upsample": upsample(),

@@ -443,7 +443,7 @@ MUTANTS = (
         (ATTENTION,),
         "avx512_bf16",
     ),
-    # ---- window_pool, window_spread ----
+    # ---- window_pool, window_query, window_spread ----
     Mutant(
         "rows of windows counted as columns",
         "common/windows.h",
@@ -460,16 +460,16 @@ MUTANTS = (
     ),
     Mutant(
         "softmax of a window without its largest logit",
-        "window_pool/cpu.cpp",
+        "common/windows.h",
         "top = vmax<A>(top, load<A>(logits.at(y, x) + h));",
         "top = load<A>(logits.at(y, x) + h);",
         "window_pool",
     ),
     Mutant(
         "mean missing from the gradient of the window's softmax",
-        "window_pool/cpu.cpp",
-        "(load<A>(at) - mean));",
-        "load<A>(at));",
+        "common/windows.h",
+        "(load<A>(at) - first - mean));",
+        "(load<A>(at) - first));",
         "window_pool",
     ),
     Mutant(
@@ -478,6 +478,41 @@ MUTANTS = (
         "sums.head, y0 > 0);",
         "sums.head, false);",
         "window_pool",
+    ),
+    Mutant(
+        "part of a map taken for another of its size",
+        "window_query/cpu.cpp",
+        "bool operator==(const Part&) const = default;",
+        "bool operator==(const Part& p) const { return channels == p.channels && rows == p.rows; }",
+        "window_query",
+    ),
+    Mutant(
+        "every part of rows overwrites the window's sum",
+        "window_query/cpu.cpp",
+        "sums.head,\n                         y0 > 0);",
+        "sums.head,\n                         false);",
+        "window_query",
+    ),
+    Mutant(
+        "gradient of the queries goes on from one run of pieces to the next",
+        "window_query/cpu.cpp",
+        "    std::memset(sums, 0, size_t(heads * stride) * sizeof(A));\n",
+        "",
+        "window_query",
+    ),
+    Mutant(
+        "pieces that do not divide into runs lost",
+        "window_query/cpu.cpp",
+        "i < (item + 1) * pieces / items;",
+        "i < item * pieces / items + pieces / items;",
+        "window_query",
+    ),
+    Mutant(
+        "gradient of the features as values only",
+        "window_query/cpu.cpp",
+        "channels, as_values, as_keys);",
+        "channels, as_values);",
+        "window_query",
     ),
     Mutant(
         "derivative of the sigmoid without its complement",
