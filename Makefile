@@ -67,7 +67,7 @@ fuzz:  ## many random calls of every operator, others each time
 	$(PYTEST) --hypothesis-profile=long tests/contract/test_fuzz.py
 
 variants:  ## values and gradients again on the variants for older machines
-	for v in portable avx2 avx512; do GI_KERNELS_CPU_CAPABILITY=$$v $(PYTEST) -q $(VALUES); done
+	for v in portable avx2 avx512; do GI_KERNELS_CPU_CAPABILITY=$$v $(PYTEST) -q $(VALUES) tests/test_fourier.py; done
 
 # Address and undefined-behaviour sanitizers, in a copy of the package beside the installed one.
 SANITIZED := $(CURDIR)/build/sanitized

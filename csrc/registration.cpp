@@ -25,6 +25,9 @@ TORCH_LIBRARY(gi, m) {
   m.def("convex_upsample_backward(Tensor grad, Tensor flow, Tensor mask, bool need_flow, bool need_mask) -> (Tensor, Tensor)");
   m.def("batch_norm(Tensor x, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)");
   m.def("batch_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor variance, float eps, bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def("fourier(Tensor x, float inner) -> Tensor");
+  m.def("fourier_inverse(Tensor spectrum, int width, Tensor? addend, float inner) -> Tensor");
+  m.def("reflect_pad(Tensor x, int margin) -> Tensor");
   m.def("relayout(Tensor x, bool channels_last) -> Tensor");
   m.def("window_pool(Tensor logits, Tensor features, int rows, int columns) -> Tensor");
   m.def("window_pool_backward(Tensor grad, Tensor logits, Tensor features, int rows, int columns, bool need_logits, bool need_features) -> (Tensor, Tensor)");

@@ -22,8 +22,9 @@ KERNELS = sorted(CSRC.glob("*/cuda.cu"))
 BINDINGS = sorted(CSRC.glob("*/bind_cuda.cpp"))
 #: Operators whose GPU kernels are Triton's, or that only serve the CPU.
 NOT_IN_CUDA = {
-    *("batch_norm", "fused_convolution", "fused_convolution_pack", "global_attention", "pixel_projection"),
-    *("projected_aggregation", "relayout", "window_query"),
+    *("batch_norm", "fourier", "fourier_inverse", "fused_convolution", "fused_convolution_pack"),
+    *("global_attention", "pixel_projection", "projected_aggregation", "reflect_pad", "relayout"),
+    "window_query",
 }
 BUILD = importlib.util.spec_from_file_location("cuda_build", CSRC / "tests" / "cuda_build.py")
 cuda_build = importlib.util.module_from_spec(BUILD)

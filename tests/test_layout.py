@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gi_kernels import native
-from gi_kernels.layout import relayout
+from gi_kernels.layout import reflect_pad, relayout
 from gi_kernels.testing import layouts
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -61,6 +62,23 @@ def test_gradients(way, given, to):
         relayout(x, FORMATS[to]), x, torch.randn(5, 2, 3, 4).movedim(0, 3).double()
     )
     assert given == to or native.PROBLEM or gradient.stride() == x.stride()
+
+
+@pytest.mark.parametrize("arrange", GIVEN, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("shape", "margin"), [((2, 5, 7, 9), 3), ((1, 16, 2, 4), 1), ((0, 3, 4, 4), 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_reflect_pad(way, dtype, shape, margin, arrange):
+    x = arrange(torch.randn(shape, dtype=dtype))
+    padded = reflect_pad(x, margin)
+    assert padded.dtype == dtype
+    if padded.numel():
+        assert torch.equal(padded, F.pad(x, (margin,) * 4, mode="reflect"))
+    assert padded.is_contiguous() or padded.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_reflect_pad_of_more_than_there_is(way):
+    with pytest.raises((ValueError, RuntimeError), match=r"margin|[Pp]adding"):
+        reflect_pad(torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last), 4)
 
 
 def test_compiled():

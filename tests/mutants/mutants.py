@@ -14,6 +14,7 @@ RUNTIME = "tests/contract/test_runtime.py"
 LAYOUT = "tests/test_layout.py"
 ATTENTION = "tests/test_attention.py"
 NORMS = "tests/test_norms.py"
+FOURIER = "tests/test_fourier.py"
 EMULATED = "emulated"
 DEVICE_HEADERS = ("common/contributors.h", "common/device.h", "common/device_windows.h")
 
@@ -652,6 +653,88 @@ MUTANTS = (
         "stage_row<A, T>(source.data + c * source.sc,",
         "stage_row<A, T>(source.data,",
         "copy",
+        (LAYOUT,),
+    ),
+    # ---- fourier ----
+    Mutant(
+        "turn of a pass of two not scaled to its length",
+        "fourier/cpu.cpp",
+        "y[q + step * (2 * p + 1)] = turned(subtract(a, b), p * step);",
+        "y[q + step * (2 * p + 1)] = turned(subtract(a, b), p);",
+        "spectrum",
+        (FOURIER,),
+    ),
+    Mutant(
+        "quarter turn the other way",
+        "fourier/cpu.cpp",
+        "return {a.im, -a.re}; }  // times -i",
+        "return {-a.im, a.re}; }  // times -i",
+        "spectrum",
+        (FOURIER,),
+    ),
+    Mutant(
+        "turns of a prime factor not scaled to the length",
+        "fourier/cpu.cpp",
+        "j * k % factor * (length_ / factor)",
+        "j * k % factor",
+        "spectrum",
+        (FOURIER,),
+    ),
+    Mutant(
+        "real and imaginary halves of the group not told apart along columns",
+        "fourier/cpu.cpp",
+        "b = opposite[(H - y) % H];",
+        "b = opposite[y];",
+        "spectrum",
+        (FOURIER,),
+    ),
+    Mutant(
+        "last frequency of an even width counted twice",
+        "fourier/cpu.cpp",
+        "return frequency > 0 && 2 * frequency < W;",
+        "return frequency > 0 && 2 * frequency <= W;",
+        "inverse",
+        (FOURIER,),
+    ),
+    Mutant(
+        "first frequency counted twice",
+        "fourier/cpu.cpp",
+        "return frequency > 0 && 2 * frequency < W;",
+        "return 2 * frequency < W;",
+        "inverse",
+        (FOURIER,),
+    ),
+    Mutant(
+        "second half of the parts of a vector lost",
+        "fourier/cpu.cpp",
+        "if (2 * count > L) store_first<A>(p + L, sides.im, 2 * count - L);",
+        "",
+        "spectrum",
+        (FOURIER,),
+    ),
+    Mutant(
+        "gradient counts every frequency once",
+        "fourier/cpu.cpp",
+        "const A factor = A(stands_for_two(k) ? scale * f.inner : scale);",
+        "const A factor = A(scale);",
+        "gradients",
+        (FOURIER,),
+    ),
+    # ---- reflect_pad ----
+    Mutant(
+        "outermost line repeated by the padding",
+        "reflect_pad/bind.cpp",
+        "i < 0 ? -i : i < length ? i : 2 * (length - 1) - i;",
+        "i < 0 ? -i - 1 : i < length ? i : 2 * (length - 1) - i;",
+        "reflect_pad",
+        (LAYOUT,),
+    ),
+    Mutant(
+        "padding behind a row one pixel off",
+        "reflect_pad/bind.cpp",
+        "i < 0 ? -i : i < length ? i : 2 * (length - 1) - i;",
+        "i < 0 ? -i : i < length ? i : 2 * length - 1 - i;",
+        "reflect_pad",
         (LAYOUT,),
     ),
     # ---- batch_norm ----
