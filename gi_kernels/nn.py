@@ -442,13 +442,13 @@ class _Projections(nn.Module):
 class _MLP(nn.Module):
     """The parameters named ``mlp``; its layers linear or 1x1 convolutions."""
 
-    def __init__(self, dense1: nn.Module, dense2: nn.Module) -> None:
+    def __init__(self, dense1: Linear | Pointwise, dense2: Linear | Pointwise) -> None:
         super().__init__()
         self.dense1 = dense1
         self.dense2 = dense2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dense2(F.gelu(self.dense1(x)))
+        return self.dense2(self.dense1(x, activation="gelu"))
 
 
 def _in_working_layout(features: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ Where no gradient is taken, an MLP's GELU and sum are done in its convolutions, 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,10 +22,15 @@ _LEAST = 1 << 23
 
 _ONEDNN = torch.backends.mkldnn.is_available()  # here, since compilers do not follow the call
 
-# Whether PyTorch has oneDNN's fused convolutions, which it keeps for its compiler.
+# Whether PyTorch has oneDNN's fused convolutions and products, which it keeps for its compiler.
 _FUSES = _ONEDNN and all(
     hasattr(torch.ops.mkldnn, name)
-    for name in ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
+    for name in (
+        "_convolution_pointwise",
+        "_convolution_pointwise_",
+        "_linear_pointwise",
+        "_reorder_convolution_weight",
+    )
 )
 
 # Rows that pass through an MLP at a time where no gradient is taken: few enough for what lies between
@@ -31,13 +38,27 @@ _FUSES = _ONEDNN and all(
 _ROWS = 1024
 
 
+Activation = Literal["none", "relu", "gelu"]
+
+
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    groups: int = 1,
+    activation: Activation = "none",
 ) -> torch.Tensor:
-    """``x`` [..., g*I] times ``weight`` [g*O, I] plus ``bias`` [g*O] -> [..., g*O].
+    """``activation`` of ``x`` [..., g*I] times ``weight`` [g*O, I] plus ``bias`` [g*O] -> [..., g*O].
 
     Channels and outputs are split into ``g`` groups; each sees its own channels.
     """
+    if groups == 1 and _in_one(x, weight, bias) and _is_large(x, weight, groups):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+    out = _linear(x, weight, bias, groups)
+    return out if activation == "none" else getattr(F, activation)(out)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> torch.Tensor:
     if _by_convolution(x, weight, groups):
         rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
         kernel = weight[:, None, None].permute(0, 3, 1, 2)  # channels-last as well
@@ -51,17 +72,24 @@ def linear(
     return out if bias is None else out + bias
 
 
-def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """1x1 convolution of ``x`` [N,C,H,W] with ``weight`` [O,C,1,1] -> [N,O,H,W].
+def pointwise(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: Activation = "none",
+) -> torch.Tensor:
+    """``activation`` of the 1x1 convolution of ``x`` [N,C,H,W] with ``weight`` [O,C,1,1] -> [N,O,H,W].
 
-    The result is channels-last where ``x`` is, contiguous where that is.
+    The result is channels-last where ``x`` is, or is part of the channels of such a map, contiguous where
+    that is.
     """
     weight = weight.flatten(1)
-    if is_channels_last(x):
-        return linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    if is_channels_last(x) or (x.stride(1) == 1 and not x.is_contiguous()):
+        return linear(x.permute(0, 2, 3, 1), weight, bias, activation=activation).permute(0, 3, 1, 2)
     pixels, kernels = x.flatten(2), weight.expand(x.shape[0], -1, -1)
     out = torch.bmm(kernels, pixels) if bias is None else torch.baddbmm(bias[:, None], kernels, pixels)
-    return out.unflatten(2, x.shape[2:])
+    out = out.unflatten(2, x.shape[2:])
+    return out if activation == "none" else getattr(F, activation)(out)
 
 
 def add_mlp_(
@@ -92,6 +120,18 @@ def add_mlp_(
     return x
 
 
+def convolution_relu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int = 1
+) -> torch.Tensor:
+    """``ReLU(F.conv2d(x, weight, bias, stride))``, without gradients by one pass over the result."""
+    if not _in_one(x, weight, bias) or x.stride(1) != 1:
+        return F.relu(F.conv2d(x, weight, bias, stride), inplace=True)
+    pixels = x.contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._convolution_pointwise(
+        pixels, weight, bias, [0, 0], [stride, stride], [1, 1], 1, "relu", [], "none"
+    )
+
+
 def narrow_convolution(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: tuple[int, int] = (0, 0)
 ) -> torch.Tensor:
@@ -116,8 +156,8 @@ def narrow_convolution(
 class Linear(nn.Linear):
     """``nn.Linear`` by :func:`linear`."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return linear(input, self.weight, self.bias)
+    def forward(self, input: torch.Tensor, activation: Activation = "none") -> torch.Tensor:
+        return linear(input, self.weight, self.bias, activation=activation)
 
 
 class Pointwise(nn.Conv2d):
@@ -126,8 +166,8 @@ class Pointwise(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return pointwise(input, self.weight, self.bias)
+    def forward(self, input: torch.Tensor, activation: Activation = "none") -> torch.Tensor:
+        return pointwise(input, self.weight, self.bias, activation)
 
 
 def _by_convolution(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
@@ -135,7 +175,26 @@ def _by_convolution(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() * weight.shape[0] >= groups * _LEAST
+        and _is_large(x, weight, groups)
         and _ONEDNN
         and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _is_large(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
+    return x.numel() * weight.shape[0] >= groups * _LEAST
+
+
+def _in_one(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether oneDNN may do what follows a product of these with it: where no gradient is taken."""
+    return (
+        _FUSES
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not (
+            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        )
     )

@@ -104,6 +104,25 @@ def test_add_mlp(way, fused, rows, dtype, monkeypatch):
     assert error <= TOLERANCE[dtype] * (expected.abs().max() if rows else 1)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolution_relu(dtype, layout, stride):
+    x, weight, bias = operands((2, 6, 9, 8), 5, 6 * 9, torch.float64)
+    exact = [x, weight.unflatten(1, (6, 3, 3)), bias]
+    x, weight, bias = (t.to(dtype) for t in exact)
+    if layout != "contiguous":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        x = torch.cat([x, torch.full_like(x, torch.nan)], dim=1)[:, :6]
+    call = lambda *t: F.relu(F.conv2d(*t, stride))  # noqa: E731
+    found = products.convolution_relu(x, weight, bias, stride)
+    assert_close([found], [call(*exact).to(dtype)], TOLERANCE[dtype])
+    if dtype.itemsize > 2:  # rounding moves small numbers across zero
+        found = gradients(lambda *t: products.convolution_relu(*t, stride), [x, weight, bias])
+        assert_close(found, [t.to(dtype) for t in gradients(call, exact)], TOLERANCE[dtype])
+
+
 @torch.no_grad()
 def test_large_mlps_are_fused():
     """The operators of PyTorch's compiler are where they are looked for."""
@@ -114,14 +133,19 @@ def test_large_mlps_are_fused():
     assert fused == torch.backends.mkldnn.is_available()
 
 
+def operators(call):
+    """Names of the operators that a call runs."""
+    with torch.profiler.profile() as profile:
+        call()
+    return " ".join(event.key for event in profile.key_averages())
+
+
 def test_large_products_are_convolutions():
-    """And those of another dtype or under autocast are not."""
+    """Where a gradient may be asked for; those of another dtype or under autocast are not."""
 
     def serves(dtype, rows=1024):
         x, weight = torch.randn(rows, 128, dtype=dtype), torch.randn(128, 128, dtype=dtype)
-        with torch.profiler.profile() as profile:
-            products.linear(x, weight)
-        return any("convolution" in event.key for event in profile.key_averages())
+        return "convolution" in operators(lambda: products.linear(x, weight.requires_grad_()))
 
     assert serves(torch.float32) == torch.backends.mkldnn.is_available()
     assert not serves(torch.float32, rows=8)
@@ -129,6 +153,38 @@ def test_large_products_are_convolutions():
     assert not serves(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert not serves(torch.float32)
+
+
+def test_large_products_without_gradients_are_fused():
+    def fuses(dtype, rows=1024):
+        x, weight = torch.randn(rows, 128, dtype=dtype), torch.randn(128, 128, dtype=dtype)
+        return "_linear_pointwise" in operators(lambda: products.linear(x, weight, activation="gelu"))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert fuses(dtype) == torch.backends.mkldnn.is_available()
+        assert not fuses(dtype, rows=8)
+    assert not fuses(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not fuses(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_activations(way, layout, activation, dtype):
+    """Of maps, and of their pixels as rows."""
+    x, weight, bias = operands((2, 6, 9, 8), 5, 6, torch.float64)
+    expected = F.conv2d(x, weight[:, :, None, None], bias)
+    expected = expected if activation == "none" else getattr(F, activation)(expected)
+    x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
+    if layout != "contiguous":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        x = torch.cat([torch.full_like(x, torch.nan), x], dim=1)[:, 6:]
+    found = products.pointwise(x, weight[:, :, None, None], bias, activation)
+    assert_close([found], [expected.to(dtype)], TOLERANCE[dtype])
+    found = products.linear(x.permute(0, 2, 3, 1), weight, bias, activation=activation)
+    assert_close([found.permute(0, 3, 1, 2)], [expected.to(dtype)], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("groups", [1, 4])
