@@ -14,7 +14,6 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -23,11 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from gi_kernels import FusedConvolution, checks
+from gi_kernels.fourier import fourier, fourier_inverse
+from gi_kernels.layout import reflect_pad
 from gi_kernels.nn import KeysValues, LatentAttention, WindowRead, WindowWrite
 from gi_kernels.norms import batch_norm
 from gi_kernels.ops.fused_convolution import Activation
 from gi_kernels.precision import accumulation_dtype
-from gi_kernels.products import narrow_convolution
+from gi_kernels.products import convolution_relu, narrow_convolution, pointwise
 from gi_model.graphs import hold
 from gi_model.published import Names, renamed
 
@@ -74,7 +75,22 @@ class ConvNormRelu(nn.Module):
         return batch_norm(self.conv(x), self.norm, relu=True)
 
     def folded(self) -> nn.Module:
-        return nn.Sequential(fold_norm(self.conv, self.norm), nn.ReLU(inplace=True))
+        return FoldedConvRelu(self)
+
+
+class FoldedConvRelu(nn.Module):
+    """:class:`ConvNormRelu` in eval mode."""
+
+    def __init__(self, source: ConvNormRelu) -> None:
+        super().__init__()
+        self.conv = fold_norm(source.conv, source.norm)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        conv = self.conv
+        if conv.groups > 1:
+            return F.relu(conv(x), inplace=True)
+        padded = reflect(x, conv.kernel_size[0] // 2)
+        return convolution_relu(padded, conv.weight, conv.bias, conv.stride[0])
 
 
 class ResidualConv(nn.Module):
@@ -104,95 +120,22 @@ class FourierUnit(nn.Module):
         self.norm: nn.Module = nn.BatchNorm2d(2 * channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        size = x.shape[2:]
-        # With the channels last, complex numbers in memory are the interleaved channels already.
-        pixels = x.to(accumulation_dtype(x.dtype)).permute(0, 2, 3, 1)
-        spectrum = torch.fft.rfft2(pixels, dim=(1, 2), norm="ortho")  # [B,H,W/2+1,C]
-        parts = torch.view_as_real(spectrum).flatten(3).permute(0, 3, 1, 2).to(x.dtype)
-        parts = batch_norm(self.conv(parts), self.norm, relu=True).to(pixels.dtype)
-        spectrum = torch.view_as_complex(parts.permute(0, 2, 3, 1).contiguous().unflatten(3, (-1, 2)))
-        pixels = torch.fft.irfft2(spectrum, s=size, dim=(1, 2), norm="ortho")
-        return pixels.permute(0, 3, 1, 2).to(x.dtype)
-
-    def folded(self) -> nn.Module:
-        return FoldedFourierUnit(self)
+        return fourier_inverse(batch_norm(self.conv(fourier(x)), self.norm, relu=True), x.shape[3])
 
     def published_names(self) -> Names:
         return renamed(self, {"conv": "conv_layer", "norm": "bn"})
 
 
 class FoldedFourierUnit(nn.Module):
-    """:class:`FourierUnit` in eval mode, without norm; of small maps the transforms are products.
-
-    A fast transform needs fewer operations but leaves its result in another layout, and short ones take
-    no longer as products with a matrix. The spectrum's real parts come first, its imaginary ones second.
-    """
-
-    LONGEST = 64  # rows or columns of a map that is transformed by products
+    """``x + FourierUnit(x)`` in eval mode, without norm."""
 
     def __init__(self, source: FourierUnit) -> None:
         super().__init__()
         self.conv = fold_norm(source.conv, source.norm)
-        channels = torch.arange(source.conv.in_channels).unflatten(0, (-1, 2)).t().flatten()
-        bias = self.conv.bias
-        assert bias is not None
-        self.conv.weight.data = self.conv.weight.data[channels][:, channels]
-        bias.data = bias.data[channels]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = accumulation_dtype(x.dtype)
-        pixels = x.to(dtype).permute(0, 2, 3, 1)
-        B, H, W, C = pixels.shape
-        V = W // 2 + 1
-        # Under autocast products would be rounded; GPUs transform short rows well.
-        short = x.is_cpu and max(H, W) <= self.LONGEST and not torch.is_autocast_enabled("cpu")
-        if short:
-            across, down, up, back = _fourier_matrices(H, W, dtype, x.device)
-            rows = torch.matmul(across, pixels)  # [B,H,2V,C]
-            spectrum = torch.matmul(down, rows.view(B, 2 * H, V * C)).view(B, 2, H, V, C)
-        else:
-            transformed = torch.fft.rfft2(pixels, dim=(1, 2), norm="ortho")
-            spectrum = torch.view_as_real(transformed).permute(0, 4, 1, 2, 3)
-        parts = spectrum.permute(0, 2, 3, 1, 4).reshape(B, H, V, 2 * C).permute(0, 3, 1, 2)
-        parts = F.relu(self.conv(parts.to(x.dtype)), inplace=True).to(dtype)
-        spectrum = parts.permute(0, 2, 3, 1).unflatten(3, (2, C)).permute(0, 3, 1, 2, 4)  # [B,2,H,V,C]
-        if short:
-            rows = torch.matmul(up, spectrum.reshape(B, 2 * H, V * C)).view(B, H, 2 * V, C)
-            pixels = torch.matmul(back, rows)
-        else:
-            numbers = torch.complex(spectrum[:, 0], spectrum[:, 1])
-            pixels = torch.fft.irfft2(numbers, s=(H, W), dim=(1, 2), norm="ortho")
-        return pixels.permute(0, 3, 1, 2).to(x.dtype)
-
-
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # what is kept serves calls in any mode
-def _fourier_matrices(
-    height: int, width: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, ...]:
-    """The orthonormal real transform of a map [H,W] as products, and its inverse.
-
-    Along rows ``[2V,W]`` to the V = W/2 + 1 real parts and then the imaginary ones; along columns
-    ``[2H,2H]`` from rows times (real, imaginary) to (real, imaginary) times rows; and both back.
-    """
-
-    def waves(frequencies: int, length: int) -> torch.Tensor:
-        """Cosines and sines ``[2, frequencies, length]``."""
-        steps = torch.arange(frequencies)[:, None] * torch.arange(length) % length
-        angle = 2 * math.pi / length * steps.double()
-        return torch.stack([angle.cos(), angle.sin()]) / length**0.5
-
-    cosine, sine = waves(width // 2 + 1, width)
-    across = torch.cat([cosine, -sine])
-    twice = torch.full((width // 2 + 1, 1), 2.0)  # frequencies that stand for their negatives too
-    twice[0] = 1
-    if width % 2 == 0:
-        twice[-1] = 1
-    back = torch.cat([twice * cosine, -twice * sine]).t()
-    cosine, sine = waves(height, height)
-    down = torch.stack([torch.stack([cosine, sine], 2), torch.stack([-sine, cosine], 2)])  # [2,H,H,2]
-    down = down.flatten(2).flatten(0, 1)
-    return tuple(m.to(device, dtype).contiguous() for m in (across, down, down.t(), back))
+        parts = pointwise(fourier(x), self.conv.weight, self.conv.bias, activation="relu")
+        return fourier_inverse(parts, x.shape[3], addend=x)
 
 
 class SpectralTransform(nn.Module):
@@ -235,8 +178,8 @@ class FourierConv(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         L = self.split[0]
         padded = reflect(x, 1)  # once, for all three
-        local = F.conv2d(padded, self.weight_to_local())
-        spatial = F.conv2d(crop(padded, 0, L), self.local_to_global.weight)
+        local = reflecting_convolution(x, padded, self.weight_to_local())
+        spatial = reflecting_convolution(x[:, :L], crop(padded, 0, L), self.local_to_global.weight)
         # Not of x, which need not be kept for the gradient then.
         whole = spatial + self.spectral(crop(padded, L, x.shape[1], margin=1))
         norms = ((local, self.local_norm), (whole, self.global_norm))
@@ -245,9 +188,6 @@ class FourierConv(nn.Module):
     def weight_to_local(self) -> torch.Tensor:
         """``[L,C,3,3]``: the sum of two convolutions is one of all channels."""
         return torch.cat([self.local_to_local.weight, self.global_to_local.weight], dim=1)
-
-    def folded(self) -> nn.Module:
-        return FoldedFourierConv(self)
 
     def published_names(self) -> Names:
         return renamed(
@@ -263,8 +203,36 @@ class FourierConv(nn.Module):
         )
 
 
+def reflecting_convolution(x: torch.Tensor, padded: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``F.conv2d(padded, weight)``, 3x3, ``padded`` being ``x`` padded by reflection.
+
+    Computed from ``x`` where that is faster; gradients are always of ``padded``.
+    """
+    plain = not x.is_cpu or x.stride(1) != 1 or not FusedConvolution.pays(weight)
+    if plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return F.conv2d(padded, weight)
+    return _ReflectingConvolution.apply(x, padded, weight)  # type: ignore[no-any-return]
+
+
+class _ReflectingConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(x: torch.Tensor, padded: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return FusedConvolution(weight, None, "reflect")(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        once = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, groups
+        wanted = [*ctx.needs_input_grad[1:], False]
+        gradients = torch.ops.aten.convolution_backward(grad, *ctx.saved_tensors, None, *once, wanted)
+        return None, *gradients[:2]
+
+
 class FoldedReflectConv(ReflectConv):
-    """``activation(conv(x) + addend)``, 3x3; keeps what it makes of its weight.
+    """``activation(conv(inputs) + addend)``, 3x3, the inputs side by side; keeps what it makes of its weight.
 
     For inference: the weight's numbers must not change any more.
     """
@@ -274,12 +242,13 @@ class FoldedReflectConv(ReflectConv):
         self.kept: FusedConvolution | None = None
 
     def forward(
-        self, input: torch.Tensor, addend: torch.Tensor | None = None, activation: Activation = "none"
+        self, *inputs: torch.Tensor, addend: torch.Tensor | None = None, activation: Activation = "none"
     ) -> torch.Tensor:
-        fused = self._fused(input, addend) if input.stride(1) == 1 else None
+        last = all(x.stride(1) == 1 for x in inputs)
+        fused = self._fused(*inputs, addend) if last else None
         if fused is not None:
-            return fused(input, addend=addend, activation=activation)
-        out = super().forward(input)
+            return fused(*inputs, addend=addend, activation=activation)
+        out = super().forward(torch.cat(inputs, dim=1))
         out = out if addend is None else out + addend
         return out if activation == "none" else getattr(torch, activation)(out)
 
@@ -301,7 +270,7 @@ class FoldedFourierConv(nn.Module):
 
     def __init__(self, source: FourierConv) -> None:
         super().__init__()
-        local, whole = self.split = source.split
+        local, whole = source.split
         to_local, to_global = FoldedReflectConv(local + whole, local), FoldedReflectConv(local, whole)
         to_local.weight = nn.Parameter(source.weight_to_local().detach())
         to_global.weight = source.local_to_global.weight
@@ -309,17 +278,19 @@ class FoldedFourierConv(nn.Module):
         self.to_global = fold_norm(to_global, source.global_norm)
         spectral = source.spectral
         self.reduce = fold_norm(spectral.reduce, spectral.norm)
-        self.fourier = spectral.fourier.folded()
+        self.fourier = FoldedFourierUnit(spectral.fourier)
         # The norm of the sum: its shift is in to_global already.
         self.expand = fold_norm(spectral.expand, source.global_norm)
         self.expand.bias = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu(self.reduce(x[:, self.split[0] :]), inplace=True)
-        spectral = self.expand(y + self.fourier(y))
-        local = self.to_local(x, activation="relu")
-        whole = self.to_global(x[:, : self.split[0]], addend=spectral, activation="relu")
-        return torch.cat([local, whole], dim=1)
+    def forward(self, local: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Local and global channels, apart: what follows reads both where they are."""
+        reduced = pointwise(whole, self.reduce.weight, self.reduce.bias, activation="relu")
+        spectral = pointwise(self.fourier(reduced), self.expand.weight)
+        return (
+            self.to_local(local, whole, activation="relu"),
+            self.to_global(local, addend=spectral, activation="relu"),
+        )
 
 
 class FourierBlock(nn.Module):
@@ -334,8 +305,24 @@ class FourierBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.second(self.first(x))
 
+    def folded(self) -> nn.Module:
+        return FoldedFourierBlock(self)
+
     def published_names(self) -> Names:
         return renamed(self, {"first": "conv1", "second": "conv2"})
+
+
+class FoldedFourierBlock(nn.Module):
+    """:class:`FourierBlock` in eval mode; joins local and global channels only at its end."""
+
+    def __init__(self, source: FourierBlock) -> None:
+        super().__init__()
+        self.split = source.first.split
+        self.first, self.second = FoldedFourierConv(source.first), FoldedFourierConv(source.second)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        local, whole = x.split(self.split, dim=1)
+        return torch.cat(self.second(*self.first(local, whole)), dim=1).add_(x)
 
 
 class PositionCode(nn.Module):
@@ -382,7 +369,9 @@ class PositionCode(nn.Module):
             code = axis_code(n, weight.device, weight.dtype)
             # Not a matrix product: under autocast that would round the code, and what is kept of it.
             axes.append((torch.cat(part, dim=1)[:, :, None] * code).sum(1))
-        return (axes[0][:, :, None] + axes[1][:, None] + bias[:, None, None]).to(dtype)
+        # Channels-last like the features: a sum of maps in different layouts takes many times as long.
+        code = axes[0].t()[:, None] + axes[1].t() + bias  # [H,W,C]
+        return code.to(dtype).contiguous().permute(2, 0, 1)
 
 
 def axis_code(n: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -529,7 +518,7 @@ def reflect(x: torch.Tensor, margin: int) -> torch.Tensor:
 class _Reflect(torch.autograd.Function):
     @staticmethod
     def forward(x: torch.Tensor, margin: int) -> torch.Tensor:
-        return F.pad(x, (margin,) * 4, mode="reflect")
+        return reflect_pad(x, margin)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor, int], output: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from gi_model.generator import TwoStreamGenerator
 from gi_model.published import export_published, load_published
 from gi_model.references import References
 from gi_model.streams import (
+    FoldedFourierUnit,
     FoldedReflectConv,
     FourierBlock,
     FourierUnit,
@@ -31,6 +32,7 @@ from gi_model.streams import (
     crop,
     position_code,
     reflect,
+    reflecting_convolution,
 )
 
 FOLDER = Path(__file__).parent / "golden"
@@ -494,12 +496,12 @@ def test_the_copy_for_inference_agrees(name, channels_last):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (6, 1), (2, 66)], ids=str)
-def test_spectra_by_products_and_by_fast_transforms(size):
+def test_folded_spectra(size):
     unit = FourierUnit(6).double().eval()
     unit.norm.running_mean.normal_()
     unit.norm.running_var.uniform_(0.5, 2)
     x = torch.randn(2, 6, *size, dtype=torch.float64)
-    torch.testing.assert_close(unit.folded()(x), unit(x))
+    torch.testing.assert_close(FoldedFourierUnit(unit)(x), x + unit(x))
 
 
 @torch.no_grad()
@@ -510,11 +512,32 @@ def test_reflecting_convolutions_follow_their_weights_dtype(dtype):
     conv.bias = torch.nn.Parameter(torch.randn(64))
     x, addend = (torch.randn(1, 64, 9, 6).to(memory_format=torch.channels_last) for _ in range(2))
     expected = F.relu(F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), conv.weight, conv.bias) + addend)
-    torch.testing.assert_close(conv(x, addend, "relu"), expected, atol=1e-5, rtol=0)
-    found = conv.to(dtype)(x.to(dtype), addend.to(dtype), "relu")
+    torch.testing.assert_close(conv(x, addend=addend, activation="relu"), expected, atol=1e-5, rtol=0)
+    parts = x.to(dtype).split([16, 48], dim=1)
+    found = conv.to(dtype)(*parts, addend=addend.to(dtype), activation="relu")
     assert found.dtype == dtype
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_gradients_of_reflecting_convolutions(wanted):
+    """Of the kernel's result as of PyTorch's; once and twice."""
+    x = torch.randn(2, 64, 5, 6, dtype=torch.float64).to(memory_format=torch.channels_last)
+    weight = torch.randn(48, 64, 3, 3, dtype=torch.float64)
+    given = [t.requires_grad_(w) for t, w in zip((x, weight), wanted, strict=True)]
+
+    def results(call):
+        out = call(x, reflect(x, 1), weight)
+        some = [t for t in given if t.requires_grad]
+        gradients = torch.autograd.grad(out.square().sum(), some, create_graph=True)
+        again = torch.autograd.grad(sum(g.square().sum() for g in gradients), some)
+        return out, *gradients, *again
+
+    found, expected = results(reflecting_convolution), results(lambda _, padded, w: F.conv2d(padded, w))
+    assert "ReflectingConvolution" in type(found[0].grad_fn).__name__
+    for got, wanted_one in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted_one)
 
 
 def test_reflecting_convolutions_are_differentiable():

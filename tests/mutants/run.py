@@ -24,7 +24,7 @@ BUILD = ROOT / "build" / "mutants" / "build"
 COPIED = (
     *("csrc", "gi_kernels", "CMakeLists.txt", "pyproject.toml"),
     *("tests/contract", "tests/conftest.py", "tests/test_attention.py"),
-    *("tests/test_layout.py", "tests/test_norms.py"),
+    *("tests/test_fourier.py", "tests/test_layout.py", "tests/test_norms.py"),
 )
 SECONDS = 300  # a test run that takes longer hangs, which is a way of being caught
 
