@@ -1,0 +1,163 @@
+"""One batch of the published training: a pass for the generator, then one for the discriminator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gi_model.discriminator import Discriminator
+from gi_model.flow import Stage
+from gi_model.training.objective import Objective, Terms
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Frames in [0, 1], masks 1 where pixels are missing.
+
+    Attributes:
+        image, mask: of the target, ``[B,3,H,W]`` and ``[B,1,H,W]``.
+        srcs, srcs_masks: of the references, ``[B,T,3,H,W]`` and ``[B,T,1,H,W]``.
+        flows, errors: from the target to each reference, ``[B,T,2,H,W]`` and ``[B,T,1,H,W]``, in pixels.
+    """
+
+    image: torch.Tensor
+    mask: torch.Tensor
+    srcs: torch.Tensor
+    srcs_masks: torch.Tensor
+    flows: torch.Tensor | None = None
+    errors: torch.Tensor | None = None
+
+    @staticmethod
+    def of_samples(samples: Mapping[str, torch.Tensor], stage: Stage | None = None) -> Batch:
+        """From collated samples, channels last in [-1, 1]; the flow, if a stage is given, is estimated once.
+
+        As published, the flow network sees whole frames, the target's hidden pixels among them; the flow
+        inside the target's mask is completed from outside all the same.
+        """
+        named = {name: samples[name] for name in ("image", "mask", "srcs", "srcs_masks")}
+        frames = {name: (value.movedim(-1, -3) + 1) / 2 for name, value in named.items()}
+        flows = errors = None
+        if stage is not None:
+            with torch.no_grad():
+                flows, errors = stage(
+                    torch.cat([frames["image"], frames["mask"]], dim=-3),
+                    torch.cat([frames["srcs"], frames["srcs_masks"]], dim=-3),
+                )
+        return Batch(**frames, flows=flows, errors=errors)
+
+    @property
+    def input(self) -> torch.Tensor:
+        """The masked target with its mask, ``[B,4,H,W]``."""
+        return torch.cat([self.image * (1 - self.mask), self.mask], dim=1)
+
+    @property
+    def references(self) -> torch.Tensor:
+        """The masked references with their masks, ``[B,T,4,H,W]``."""
+        return torch.cat([self.srcs * (1 - self.srcs_masks), self.srcs_masks], dim=2)
+
+    def composite(self, predicted: torch.Tensor) -> torch.Tensor:
+        """``predicted`` inside the target's mask, the target outside."""
+        return self.mask * predicted + (1 - self.mask) * self.image
+
+
+class Step(nn.Module):
+    """The two passes of a batch.
+
+    The generator runs in both: in the second one with the weights that the first may have changed, and
+    without gradients. Networks stay in the mode they are in, which in the published training is training
+    mode throughout, so that batch norms update their statistics in every run.
+
+    Args:
+        generator: called as ``generator(input, srcs, flows=..., flow_errs=...)``.
+        discriminator, objective: what judges it.
+    """
+
+    def __init__(self, generator: nn.Module, discriminator: Discriminator, objective: Objective) -> None:
+        super().__init__()
+        self.generator, self.discriminator, self.objective = generator, discriminator, objective
+
+    def predict(self, batch: Batch) -> torch.Tensor:
+        """``[B,3,H,W]`` in [0, 1]."""
+        return self.generator(batch.input, batch.references, flows=batch.flows, flow_errs=batch.errors)
+
+    def generator_pass(self, batch: Batch) -> tuple[torch.Tensor, Terms]:
+        """The generator's loss, whose gradients reach nothing else, and its terms."""
+        with frozen(self.discriminator):
+            terms = self.objective.generator_terms(
+                self.discriminator, self.predict(batch), batch.image, batch.mask
+            )
+            return torch.stack(list(terms.values())).sum(), terms
+
+    def discriminator_pass(self, batch: Batch) -> tuple[torch.Tensor, Terms]:
+        """The discriminator's loss, whose gradients reach nothing else, and what to watch."""
+        with torch.no_grad():
+            predicted = self.predict(batch)
+        terms = self.objective.discriminator_terms(self.discriminator, predicted, batch.image, batch.mask)
+        return terms["adv"], terms
+
+
+class Alternation:
+    """Steps of two optimizers over accumulated batches.
+
+    Every batch runs both passes; their gradients, divided by ``accumulate``, gather until ``accumulate``
+    batches are done or the epoch ends, however many there were. Learning rates follow ``schedule``, a
+    factor of the number of steps done.
+
+    Args:
+        step: the networks.
+        optimizers: of the generator and of the discriminator.
+        schedule: number of steps done -> factor of the optimizers' own learning rates.
+        accumulate: batches per step.
+        backward: called with a loss, in place of ``loss.backward()``.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+        schedule: Callable[[int], float],
+        accumulate: int = 1,
+        backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+    ) -> None:
+        self.step, self.optimizers, self.accumulate, self.backward = step, optimizers, accumulate, backward
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
+        self.global_step = 0
+
+    def batch(self, batch: Batch, number: int, last: bool) -> tuple[Terms, Terms]:
+        """Both passes of batch ``number`` of an epoch, the ``last`` one or not; their terms."""
+        stepping = last or (number + 1) % self.accumulate == 0
+        loss, generator_terms = self.step.generator_pass(batch)
+        self._learn(0, loss, number, stepping)
+        loss, discriminator_terms = self.step.discriminator_pass(batch)
+        self._learn(1, loss, number, stepping)
+        if stepping:
+            for schedule in self.schedules:
+                schedule.step()
+            self.global_step += 1
+        detached = [{k: v.detach() for k, v in t.items()} for t in (generator_terms, discriminator_terms)]
+        return detached[0], detached[1]
+
+    def _learn(self, which: int, loss: torch.Tensor, number: int, stepping: bool) -> None:
+        optimizer = self.optimizers[which]
+        if number % self.accumulate == 0:
+            optimizer.zero_grad()
+        self.backward(loss / self.accumulate)
+        if stepping:
+            optimizer.step()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients for the parameters of ``module`` inside the block."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
