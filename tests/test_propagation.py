@@ -242,7 +242,7 @@ def scene_with_hole():
 
 def fused(truth, hole, ring, *colours) -> tuple[np.ndarray, np.ndarray]:
     """What several frames that show everything make of the hole."""
-    fusion = Fusion(np.where(hole[..., None], 0, truth), hole, ring)
+    fusion = Fusion(np.where(hole[..., None], 0, truth), hole, ring, 6)
     whole = slice(0, hole.shape[0]), slice(0, hole.shape[1])
     everywhere = np.ones(hole.shape, bool)
     for colour in colours:
@@ -260,12 +260,13 @@ def test_gain_and_lighting_leave_no_seam():
         assert np.abs(filled - truth)[hole].mean() < error
 
 
-def test_an_object_at_the_rim_is_not_spread():
+def test_what_shows_an_object_beside_the_hole_is_refused_there():
     truth, hole, ring = scene_with_hole()
     passing = truth.copy()
-    passing[10:30, 55:65] = 255  # beside the hole, in the frame that shows it
-    filled, _ = fused(truth, hole, ring, passing)
-    assert np.abs(filled - truth)[hole].mean() < 3
+    passing[10:50, 50:70] = 255  # half in the hole, half beside it
+    filled, seen = fused(truth, hole, ring, passing)
+    assert not seen[20:40, 52:55].any() and seen[20:40, 25:31].all()
+    assert np.abs(filled - truth)[seen & (passing == truth).all(axis=2)].mean() < 3
 
 
 def test_a_frame_that_fits_worse_around_the_hole_counts_less():
@@ -285,7 +286,7 @@ def test_noise_at_the_rim_is_not_smeared():
 def test_nothing_to_blend():
     truth, hole, ring = scene_with_hole()
     assert not fused(truth, hole, ring)[1].any()
-    assert Fusion(truth, hole, ring).part(np.zeros(hole.shape, np.float32)) is None
+    assert Fusion(truth, hole, ring, 6).part(np.zeros(hole.shape, np.float32)) is None
 
 
 # Results

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import cv2
 import numpy as np
 
 from gi_model.flow import DISFlow, FlowEstimator
 from gi_model.propagation.chains import Chains, Link
-from gi_model.propagation.fusion import RIM, Fusion, rim_correction
+from gi_model.propagation.fusion import Fusion
 from gi_model.propagation.membrane import membrane
 from gi_model.propagation.neighbours import dilate
 from gi_model.propagation.policy import Policy, VisibilityPolicy
@@ -26,7 +26,7 @@ from gi_model.propagation.sampling import (
     to_levels,
 )
 from gi_model.propagation.stages import Stages
-from gi_model.propagation.stream import Frame, Stream
+from gi_model.propagation.stream import Stream
 
 F = TypeVar("F")
 
@@ -191,9 +191,10 @@ class Propagator:
             with self.stages.timed("chains"):
                 chosen = self._choose(chains, index, enlarger.small_box, enlarger.shrink(hole))
             with self.stages.timed("fusion"):
-                fusion = Fusion(to_levels(frame.image[box]), hole, around)
+                fusion = Fusion(to_levels(frame.image[box]), hole, around, ring)
                 for link in chosen:
-                    _add(fusion, chains.stream[link.index], link, enlarger)
+                    other = chains.stream[link.index]
+                    _add(fusion, other.image, other.visible, link, link.weight, enlarger)
                 colour, seen = fusion.blend()
                 image[box][seen] = from_levels(colour[seen], image.dtype)
                 missing[box] &= ~seen
@@ -239,7 +240,8 @@ class Propagator:
         source: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """``image`` with what is missing taken from the finished frame ``other``, and what that lacks."""
-        box = bounding_box(missing, _ring(missing))
+        ring = _ring(missing)
+        box = bounding_box(missing, ring)
         enlarger = Enlarger(box, missing.shape, chains.stream[index].small_mask.shape)
         step, reach = (1 if other > index else -1), abs(other - index)
         with self.stages.timed("chains"):
@@ -248,12 +250,11 @@ class Propagator:
         if len(links) < reach:
             return image, missing
         with self.stages.timed("fusion"):
-            x, y = enlarger.positions(links[-1].flow)
-            colour = to_levels(look_up(source, x, y))
-            reached = (enlarger.map(links[-1].whole.astype(np.float32)) > 0.999) & enlarger.inside(x, y)
-            taken = missing[box] & reached
-            rim = dilate(missing[box], RIM) & ~missing[box] & reached
-            colour += rim_correction(to_levels(image[box]), colour, rim, taken)
+            hole = missing[box]
+            fusion = Fusion(to_levels(image[box]), hole, dilate(hole, ring) & ~hole, ring)
+            everywhere = np.full(missing.shape, 255, np.uint8)
+            _add(fusion, source, everywhere, links[-1], links[-1].whole.astype(np.float32), enlarger)
+            colour, taken = fusion.blend()
             image, missing = image.copy(), missing.copy()
             image[box][taken] = from_levels(colour[taken], image.dtype)
             missing[box] &= ~taken
@@ -265,20 +266,33 @@ def _ring(mask: np.ndarray) -> int:
     return max(4, round(RING * min(mask.shape)))
 
 
-def _add(fusion: Fusion, frame: Frame, link: Link, enlarger: Enlarger) -> None:
-    """Add what a frame shows of the hole."""
-    weight = np.where(fusion.hole, enlarger.map(link.weight), 0)
+def _add(
+    fusion: Fusion,
+    image: np.ndarray,
+    visible: np.ndarray,
+    link: Link,
+    weight: np.ndarray,
+    enlarger: Enlarger,
+) -> None:
+    """Add what an image shows of the hole where it is visible; the weight lies on the grid of the flow."""
+
+    def look(where: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        x, y = enlarger.positions(link.flow, where)
+        return x, y, (look_up(visible, x, y, sharp=False) == 255) & enlarger.inside(x, y)
+
+    weight = np.where(fusion.hole, enlarger.map(weight), 0)
+    if not (weight > 0).any():
+        return
+    x, y, shown = look(fusion.points)
+    gain, error = fusion.judge(to_levels(look_up(image, x, y)), shown)
+    weight /= error
     part = fusion.part(weight)
     if part is None:
         return
-    x, y = enlarger.positions(link.flow, fusion.points)
-    shown = (look_up(frame.visible, x, y, sharp=False) == 255) & enlarger.inside(x, y)
-    gain, error = fusion.judge(to_levels(look_up(frame.image, x, y)), shown)
-    x, y = enlarger.positions(link.flow, part)
-    shown = (look_up(frame.visible, x, y, sharp=False) == 255) & enlarger.inside(x, y)
+    x, y, shown = look(part)
     if shown.any():
         x, y = (np.where(shown, position, position[shown][0]) for position in (x, y))
-        fusion.add(part, sample_colour(frame.image, x, y) * gain, weight[part] / error, shown)
+        fusion.add(part, sample_colour(image, x, y) * gain, weight[part], shown)
 
 
 def _fill(image: np.ndarray, missing: np.ndarray) -> np.ndarray:

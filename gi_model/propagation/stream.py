@@ -7,17 +7,18 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 
 from gi_model.propagation.cuts import FLASH, Thumbnail, same_scene, thumbnail
 from gi_model.propagation.membrane import membrane
-from gi_model.propagation.neighbours import Flows, dilate
+from gi_model.propagation.neighbours import Flows
 from gi_model.propagation.sampling import shrink, to_bytes
 
-# Pixels beside a mask that are not copied elsewhere: blurred or compressed together with what it hides.
-# With those across a corner, so that cubic sampling between the others does not reach into the mask.
-RIM = 1.5
+# The pixels beside a mask are not copied elsewhere: they are blurred or compressed together with what it
+# hides. With those across a corner, so that cubic sampling of the others does not reach into the mask.
+BESIDE = np.ones((3, 3), np.uint8)
 
 
 class Frame:
@@ -36,7 +37,7 @@ class Frame:
 
     def __init__(self, image: np.ndarray, mask: np.ndarray, scene: int, side: int) -> None:
         self.image, self.mask, self.scene = image, mask, scene
-        self.visible = np.where(dilate(mask, RIM), np.uint8(0), np.uint8(255))
+        self.visible = 255 - cv2.dilate(mask.astype(np.uint8) * 255, BESIDE)
         self.small_mask = shrink(mask.astype(np.float32), side) > 0
         hidden = shrink((self.visible == 0).astype(np.float32), side) > 0
         self.small_visible = torch.from_numpy(~hidden).float()[None, None]
