@@ -11,8 +11,7 @@ import numpy as np
 
 from gi_model.flow import DISFlow, FlowEstimator
 from gi_model.propagation.chains import Chains, Link
-from gi_model.propagation.fusion import Fusion
-from gi_model.propagation.membrane import membrane
+from gi_model.propagation.fusion import Fusion, fill_smoothly
 from gi_model.propagation.neighbours import dilate
 from gi_model.propagation.policy import Policy, VisibilityPolicy
 from gi_model.propagation.sampling import (
@@ -228,7 +227,7 @@ class Propagator:
             if missing.any():
                 image, missing = self._carry(chains, index, image, missing, other, results[other])
         with self.stages.timed("fill"):
-            return _fill(image, missing)
+            return fill_smoothly(image, missing)
 
     def _carry(
         self,
@@ -293,22 +292,6 @@ def _add(
     if shown.any():
         x, y = (np.where(shown, position, position[shown][0]) for position in (x, y))
         fusion.add(part, sample_colour(image, x, y) * gain, weight[part], shown)
-
-
-def _fill(image: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """``image`` with a membrane where it is missing; grey if it is altogether.
-
-    It is closer to the truth than what OpenCV's inpainting draws into large holes, and has no false edges.
-    """
-    if not missing.any():
-        return image
-    if missing.all():
-        return np.full_like(image, np.iinfo(image.dtype).max // 2)
-    box = bounding_box(missing, 1)
-    filled = membrane(to_levels(image[box]), ~missing[box])
-    image = image.copy()
-    image[box] = np.where(missing[box][..., None], from_levels(filled, image.dtype), image[box])
-    return image
 
 
 def _recoverable(index: int, links: list[Link], lost: np.ndarray, least: float) -> list[int]:

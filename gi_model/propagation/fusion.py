@@ -7,7 +7,7 @@ import numpy as np
 
 from gi_model.propagation.membrane import membrane
 from gi_model.propagation.neighbours import dilate
-from gi_model.propagation.sampling import Box, bounding_box
+from gi_model.propagation.sampling import Box, bounding_box, from_levels, to_levels
 
 # Colours are in grey levels of 8 bits, whatever the frames' depth.
 
@@ -73,7 +73,8 @@ class Fusion:
 
     def _contrast(self, ring: np.ndarray) -> np.ndarray:
         """``[h,w]``: mean square that a filling would miss which is smooth over the width of the hole."""
-        half = int(cv2.distanceTransform(self.hole.astype(np.uint8), cv2.DIST_L2, 3).max())
+        depth = cv2.distanceTransform(self.hole.astype(np.uint8), cv2.DIST_L2, 3).max()
+        half = int(min(depth, *self.hole.shape))  # a hole without a border has no depth
         size = 2 * half + 1, 2 * half + 1
         share = cv2.blur(ring.astype(np.float32), size)[self.points][:, None]
         smooth = cv2.blur(self.image * ring[..., None], size)[self.points] / np.maximum(share, 1e-6)
@@ -133,3 +134,19 @@ def rim_correction(image: np.ndarray, filled: np.ndarray, rim: np.ndarray, hole:
         cv2.GaussianBlur(difference * weight[..., None], (0, 0), RIM) / np.maximum(share, 1e-3)[..., None]
     )
     return membrane(smooth, rim) * hole[..., None]
+
+
+def fill_smoothly(image: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """``image`` ``[H,W,3]`` uint8 or uint16 with a membrane where ``missing``; grey if it is altogether.
+
+    It is closer to the truth than what OpenCV's inpainting draws into large holes, and has no false edges.
+    """
+    if not missing.any():
+        return image
+    if missing.all():
+        return np.full_like(image, np.iinfo(image.dtype).max // 2)
+    box = bounding_box(missing, 1)
+    filled = membrane(to_levels(image[box]), ~missing[box])
+    image = image.copy()
+    image[box] = np.where(missing[box][..., None], from_levels(filled, image.dtype), image[box])
+    return image
