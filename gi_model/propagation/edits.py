@@ -15,7 +15,7 @@ import numpy as np
 from gi_model.errors import InputError
 from gi_model.flow import DISFlow, FlowEstimator
 from gi_model.propagation.cuts import FLASH, Thumbnail, same_scene, thumbnail
-from gi_model.propagation.engine import Finished
+from gi_model.propagation.finished import Finished
 from gi_model.propagation.sampling import (
     Box,
     Enlarger,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 
 from gi_model.flow import DISFlow, FlowEstimator
 from gi_model.propagation.chains import Chains, Link
+from gi_model.propagation.finished import Finished
 from gi_model.propagation.fusion import Fusion, fill_smoothly
 from gi_model.propagation.neighbours import dilate
 from gi_model.propagation.policy import Policy, VisibilityPolicy
@@ -37,18 +38,6 @@ ENOUGH = 4
 SAMPLED = 1000
 # Share of a hole that broken chains must lose before flow is estimated directly.
 LOST = 0.1
-
-
-class Finished(Protocol):
-    """Keeps finished frames, so that a run that was cut off can go on."""
-
-    def get(self, index: int) -> np.ndarray | None:
-        """The finished frame, or None if it has to be made."""
-        ...
-
-    def put(self, index: int, image: np.ndarray) -> None:
-        """Keep a finished frame."""
-        ...
 
 
 class Propagator:

@@ -16,7 +16,8 @@ from gi_model.errors import InputError
 from gi_model.flow import DISFlow, FlowEstimator, Stage
 from gi_model.generator import CrossingGenerator
 from gi_model.propagation.cuts import Thumbnail, same_scene, thumbnail
-from gi_model.propagation.engine import Finished, inpaint_frame, windows, with_masks
+from gi_model.propagation.engine import inpaint_frame, windows, with_masks
+from gi_model.propagation.finished import Finished
 from gi_model.propagation.fusion import rim_correction
 from gi_model.propagation.membrane import membrane
 from gi_model.propagation.neighbours import dilate

@@ -34,16 +34,17 @@ def regions(mask: np.ndarray, margin: int) -> list[tuple[Box, np.ndarray]]:
     """
     near = cv2.dilate(mask.astype(np.uint8), np.ones((margin + 1, margin + 1), np.uint8))
     count, labels, stats, _ = cv2.connectedComponentsWithStats(near)
-    found = []
+    found: list[tuple[Box, np.ndarray]] = []
     for label in range(1, count):
         left, top, width, height = stats[label, :4]
         around = slice(top, top + height), slice(left, left + width)
         part = mask[around] & (labels[around] == label)
         tight = bounding_box(part)
-        box = tuple(
+        rows, columns = (
             slice(max(0, int(start + side.start - margin)), min(length, int(start + side.stop + margin)))
             for start, side, length in zip((top, left), tight, mask.shape, strict=True)
         )
+        box = rows, columns
         found.append((box, mask[box] & (labels[box] == label)))
     return found
 

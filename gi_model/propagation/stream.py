@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gi_model.propagation.cuts import FLASH, Thumbnail, same_scene, thumbnail
-from gi_model.propagation.membrane import membrane
+from gi_model.propagation.fusion import fill_smoothly
 from gi_model.propagation.neighbours import Flows
 from gi_model.propagation.sampling import shrink, to_bytes
 
@@ -41,11 +41,7 @@ class Frame:
         self.small_mask = shrink(mask.astype(np.float32), side) > 0
         hidden = shrink((self.visible == 0).astype(np.float32), side) > 0
         self.small_visible = torch.from_numpy(~hidden).float()[None, None]
-        colours = shrink(to_bytes(image), side)
-        if mask.any():
-            filled = membrane(colours.astype(np.float32), ~self.small_mask)
-            colours = filled.round().astype(np.uint8)
-        self.small = colours
+        self.small = fill_smoothly(shrink(to_bytes(image), side), self.small_mask)
         self.flows: Future[Flows] | None = None
 
 
