@@ -385,3 +385,23 @@ def test_everything_is_hidden():
     results = list(Propagator(radius=2).run(blank(frames, masks), masks))
     assert all(r.shape == (H, W, 3) for r in results)
     assert np.array_equal(results[-1], results[6]), "the picture stands"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_comes_in(seed):
+    """Random sizes, depths, motions, masks and options: every frame comes out, untouched outside its mask."""
+    random = np.random.default_rng(seed)
+    height, width = random.integers(1, 70, 2)
+    depth = (np.uint8, np.uint16)[seed % 2]
+    count = int(random.integers(1, 9))
+    first = random.integers(0, np.iinfo(depth).max, (height, width, 3)).astype(depth)
+    frames = [np.roll(first, i * int(random.integers(-2, 3)), axis=1) for i in range(count)]
+    masks = [random.random((height, width)) < random.choice([0, 0.01, 0.5, 1]) for _ in frames]
+    policy = VisibilityPolicy(block=int(random.integers(1, 5)))
+    side = int(random.choice([16, 24, 320]))
+    propagator = Propagator(radius=int(random.integers(1, 6)), policy=policy, flow_side=side)
+    results = list(propagator.run(frames, masks))
+    assert len(results) == count
+    for result, frame, mask in zip(results, frames, masks, strict=True):
+        assert result.dtype == depth and np.array_equal(result[~mask], frame[~mask])
+    assert propagator.masked == sum(m.sum() for m in masks) >= propagator.unseen
