@@ -19,7 +19,7 @@ FLAT = 1.5
 # Correlation at which a square counts as found.
 FOUND = 0.7
 # Share of the squares that must be found for frames to be of one scene.
-ENOUGH = 0.25
+ENOUGH = 0.35
 # Frames that a flash may last: a frame unlike its scene starts no new one if the scene comes back.
 FLASH = 3
 
