@@ -18,7 +18,7 @@ NOISE = 2.0
 UNKNOWN = 10.0
 # Pixels of the ring that are needed to measure it, and that are looked at.
 FEWEST, MOST = 30, 2000
-# Points of the ring, in cells beyond the nearest, that the mean of all counts for.
+# As many points near a pixel the mean over the whole ring counts for.
 PRIOR = 1.0
 # Width in pixels of the rim on which both the frame and the filling are known.
 RIM = 4
