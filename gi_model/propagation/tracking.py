@@ -18,7 +18,7 @@ STEP, STEP_SHARE = 0.05, 0.3
 # Deviation of a position measured against the keyframe, where that measurement is consistent.
 MEASURED = 0.3
 # What the comparison adds to it where the keyframe looks otherwise there.
-DOUBT = 1.0
+DOUBT = 3.0
 # Deviation of a position that was continued from its surroundings because the chain broke, and because
 # the pixel has just come into the frame, where most often more of the same scene comes.
 CONTINUED, ENTERED = 8.0, 3.0
@@ -33,6 +33,10 @@ NOISE, CONTRAST = 7.0, 0.25
 # Deviation of the windows that colours are compared in, of those that find the shading, and of those in
 # which texture is compared.
 BLUR, SHADING, TEXTURE = 1.2, 5.0, 3.0
+# Deviation of the windows in which corrections are averaged: share of the shorter side.
+SMOOTH = 0.012
+# Deviation of the windows that a position must go with: share of the shorter side.
+WIDE = 0.05
 # Correlation of textures at which it counts half that they are the same.
 ALIKE = 0.6
 # Shading, against that of the whole region, beyond which a pixel shows something else.
@@ -64,9 +68,10 @@ class Tracker:
     A composition drifts. So the keyframe, sampled at these positions, is compared with the frame: the
     flow between the two, which is short and does not grow with the distance, corrects positions in the
     measure of the two deviations, as a Kalman filter does. Where the chain breaks (something passed in
-    front, or the pixel has just come into view) positions are continued from those of the region
-    around, and count only once the comparison has confirmed them. When the whole region is lost, it is
-    searched for by flow from the frame to the keyframe itself.
+    front, or the pixel has just come into view), or where a position is far from what those around say,
+    positions are continued from those of the region around, and count only once the comparison has
+    confirmed them. When the whole region is lost, it is searched for by flow from the frame to the
+    keyframe itself.
 
     Args:
         image: the keyframe ``[H,W,3]`` uint8.
@@ -126,11 +131,12 @@ class Tracker:
         sampled = flow_warp(torch.cat([self.flow, self.variance, seen, ones], dim=1), flow)
         composed, variance = flow + sampled[:, :2], sampled[:, 2:3] + (STEP + STEP_SHARE * error) ** 2
         inside, consistent = sampled[:, 4:] > 0.999, error < tolerated
+        belongs = flow_warp(torch.from_numpy(self.surroundings)[None, None], composed)
         known = inside & consistent & (variance < UNKNOWN**2)
+        known &= ~_astray(composed, known * sampled[:, 3:4] * belongs, WIDE * min(self.region.shape))
         if not known.all():
             if known.float().mean() < ENOUGH:
                 known = inside & consistent
-            belongs = flow_warp(torch.from_numpy(self.surroundings)[None, None], composed)
             composed = torch.where(known, composed, _continue(composed, known, sampled[:, 3:4], belongs))
             entered = torch.where(inside, CONTINUED**2, ENTERED**2)
             variance = torch.where(known, variance, entered).clamp(max=CONTINUED**2)
@@ -163,17 +169,16 @@ class Tracker:
         flow, backward = both_ways(self.estimator, image[box], lit)
         error = flow_consistency(flow, backward)
         sampled = flow_warp(torch.cat([self.flow[..., rows, columns], torch.ones_like(error)], dim=1), flow)
-        direct = flow + sampled[:, :2]
-        corrected = self.grid[box] + direct[0].numpy().transpose(1, 2, 0)
-        at_corrected = self._keyframe_at(corrected)
-        after, _ = self._difference(frame, at_corrected, trusted)
-        agrees = torch.from_numpy(agreement(after, frame, at_corrected, trusted))[None, None]
-        worse = torch.from_numpy(after > 1.1 * difference + 0.5)[None, None]
-        usable = (sampled[:, 2:] > 0.999) & ~worse
-        # Not trusted where colours disagree.
-        measured = (MEASURED + error) ** 2 / agrees.clamp(min=1e-4)
+        change = flow + sampled[:, :2] - self.flow[..., rows, columns]
+        usable = sampled[:, 2:] > 0.999
+        measured = self._measured(frame, box, change, error, trusted)[0]
+        # What the chain lost is smooth: neighbours that agree better know better.
+        weight = torch.where(usable, 1 / measured, torch.zeros(()))
+        sigma = SMOOTH * min(self.region.shape)
+        change = _blurred(change * weight, sigma) / _blurred(weight, sigma).clamp(min=1e-6)
+        measured, after = self._measured(frame, box, change, error, trusted)
+        usable &= torch.from_numpy(after <= 1.1 * difference + 0.5)[None, None]
         gain = torch.where(usable, prior / (prior + measured), torch.zeros(()))
-        change = direct - self.flow[..., rows, columns]
         self.flow[..., rows, columns] += gain * change
         self.variance[..., rows, columns] = (1 - gain) * prior
 
@@ -182,13 +187,23 @@ class Tracker:
         self.shading = np.array(np.broadcast_to(self.brightness, image.shape))
         self.shading[box] = shading
         doubt = 1 - agreement(difference, frame, expected, np.zeros_like(trusted))
-        self.variance[..., rows, columns] += DOUBT**2 * torch.from_numpy(doubt)[None, None]
+        self.variance[..., rows, columns] += torch.from_numpy((DOUBT * doubt) ** 2)[None, None]
         seen = agreement(difference, frame, expected, trusted)
         relative = shading.mean(axis=2) / self.brightness.mean()
         seen *= 1 / (1 + (np.log(np.maximum(relative, 1e-3)) / np.log(SHADED)) ** 8)
         confidence = self._certainty()
         confidence[box] *= cv2.GaussianBlur(seen, (0, 0), 1)
         self.confidence = confidence
+
+    def _measured(
+        self, frame: np.ndarray, box: Box, change: torch.Tensor, error: torch.Tensor, trusted: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """Variance of positions in ``box`` after a ``change``, and the difference of colours [h,w] there."""
+        positions = self.positions[box] + change[0].numpy().transpose(1, 2, 0)
+        expected = self._keyframe_at(positions)
+        difference, _ = self._difference(frame, expected, trusted)
+        agrees = torch.from_numpy(agreement(difference, frame, expected, trusted))[None, None]
+        return (MEASURED + error) ** 2 / agrees.clamp(min=1e-4), difference
 
     def _search(self, image: np.ndarray) -> bool:
         """Whether flow from the frame to the keyframe finds the region; then it is followed from there."""
@@ -307,6 +322,19 @@ def _continue(
     together = 1 / (1 + ((rest / APART) ** 2).sum(axis=2) ** 2)
     weight = np.where(valid, together * (1e-3 + near) + 1e-8, 0).astype(np.float32)
     return torch.from_numpy(_spread(rest, weight).transpose(2, 0, 1) + motion)[None]
+
+
+def _astray(flow: torch.Tensor, weight: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Where a flow [1,2,H,W] is not that of its surroundings, though they weigh more than the pixel."""
+    around = _blurred(weight, sigma)
+    apart = flow - _blurred(flow * weight, sigma) / around.clamp(min=1e-6)
+    return (apart.norm(dim=1, keepdim=True) > 2 * APART) & (around > 0.3)
+
+
+def _blurred(maps: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian means of ``[1,C,H,W]``."""
+    planes = [cv2.GaussianBlur(plane.numpy(), (0, 0), sigma) for plane in maps[0].contiguous()]
+    return torch.from_numpy(np.stack(planes))[None]
 
 
 def _spread(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
