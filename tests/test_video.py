@@ -272,6 +272,21 @@ def test_options_of_the_writer_are_checked(tmp_path):
             video.FrameWriter(tmp_path / name, **options)
 
 
+@pytest.mark.parametrize(("codec", "least"), [("h265", 16), ("av1", 64)])
+def test_frames_that_are_too_small_for_an_encoder(tmp_path, codec, least):
+    message = f"--codec: expected frames of at least {least} pixels a side for .*, got 500x8"
+    with pytest.raises(InputError, match=message):
+        write(tmp_path / "a.mkv", [np.zeros((8, 500, 3), np.uint8)], codec=codec)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (5, 7), (8, 500)])
+def test_small_frames(tmp_path, size):
+    frames = [np.full((*size, 3), 90, np.uint8)] * 3
+    for suffix in video.VIDEOS:
+        read = list(video.FrameSource(write(tmp_path / f"a{suffix}", frames), "x"))
+        assert [frame.shape for frame in read] == [(*size, 3)] * 3
+
+
 def test_quality_is_a_matter_of_size(tmp_path):
     sizes = []
     for quality in (5, 40):
@@ -335,6 +350,25 @@ def test_a_video_without_sound_stays_silent(tmp_path):
     copy = write(tmp_path / "b.mp4", pan(), sound=source)
     with av.open(str(copy)) as container:
         assert not container.streams.audio
+
+
+def test_damaged_sound_is_named_or_copied(tmp_path):
+    """Whatever happens to a file with sound: a copy, or one named error, and nothing else."""
+    whole = with_sound(tmp_path / "a.mp4").read_bytes()
+    rng = np.random.default_rng(0)
+    named = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), 12):
+            data[at] = rng.integers(256)
+        (tmp_path / "a.mp4").write_bytes(data)
+        try:
+            source = video.FrameSource(tmp_path / "a.mp4", "VIDEO")
+            write(tmp_path / "b.mkv", source, sound=tmp_path / "a.mp4")
+        except InputError:
+            named += 1
+        assert not list(tmp_path.glob(".*"))
+    assert 0 < named < 60
 
 
 # Damage

@@ -66,7 +66,12 @@ class Sound:
         assert self.container is not None and self._next is not None
         packet, self._next = self._next, None
         packet.stream = self.targets[packet.stream_index]
-        self.container.mux_one(packet)
+        try:
+            self.container.mux_one(packet)
+        except av.FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
+            raise self._damaged(error) from error
         self._next = next(self._packets, None)
 
     def _read(self) -> Generator[av.Packet, None, None]:
@@ -81,7 +86,12 @@ class Sound:
                 packet.pts = packet.dts if packet.pts is None else packet.pts - shift
                 yield packet
         except av.FFmpegError as error:
-            raise InputError(f"VIDEO: the sound of {self.path} is damaged: {error.strerror}") from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: av.FFmpegError) -> InputError:
+        return InputError(
+            f"VIDEO: the sound of {self.path} is damaged: {error.strerror}; --no-sound leaves it out"
+        )
 
     def _check(self, output: Path) -> None:
         """Raise ``InputError`` if ``output`` cannot hold the sound, by trying it in memory."""

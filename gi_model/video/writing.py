@@ -38,6 +38,7 @@ class Codec:
         qualities: least and largest; none for a lossless codec.
         settings: other options.
         odd: pixel format for frames with an odd side; None if it takes the usual one.
+        least: pixels of the shorter side; with fewer the encoder refuses, or never comes back.
     """
 
     encoder: str
@@ -47,6 +48,7 @@ class Codec:
     qualities: range = range(0)
     settings: dict[str, str] = field(default_factory=dict)
     odd: str | None = "yuv444p"
+    least: int = 1
 
     def pixels(self, image: np.ndarray) -> str:
         """The pixel format for a frame: 10 bits for uint16, where the encoder has them."""
@@ -67,6 +69,7 @@ CODECS = {
         quality=20,
         qualities=range(52),
         settings={"x265-params": "log-level=none"},
+        least=16,
     ),
     "vp9": Codec(
         "libvpx-vp9",
@@ -82,6 +85,7 @@ CODECS = {
         qualities=range(1, 64),
         settings={"preset": "8"},
         odd=None,
+        least=64,
     ),
     "mpeg4": Codec("mpeg4", (".avi", ".mp4", ".mov", ".mkv"), "qscale", 3, range(1, 32), odd=None),
     "ffv1": Codec("ffv1", (".mkv", ".avi"), settings={"level": "3", "slicecrc": "1"}),
@@ -173,7 +177,7 @@ class FrameWriter:
             picture = from_rgb(frame, cast(str, self.stream.pix_fmt), self.colour)
             picture.time_base = self.stream.codec_context.time_base
             picture.pts = self._last = self._time(time, picture.time_base)
-            self._mux(self.stream.encode(picture))
+            self._mux(self._encode(picture))
         self.count += 1
 
     def __exit__(
@@ -182,7 +186,7 @@ class FrameWriter:
         try:
             try:
                 if kind is None and self.stream is not None:
-                    self._mux(self.stream.encode(None))
+                    self._mux(self._encode(None))
                     if self.sound is not None:
                         self.sound.mux_rest()
             finally:
@@ -208,6 +212,18 @@ class FrameWriter:
             steps = self.count / (self.rate * base)  # frames are so many units apart
             return max(round(steps), self._last + 1)
         return max(round(time / base), self._last + 1)
+
+    def _encode(self, picture: av.VideoFrame | None) -> list[av.Packet]:
+        assert self.stream is not None
+        try:
+            return self.stream.encode(picture)
+        except av.FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
+            size = f"{self.stream.width}x{self.stream.height}"
+            raise InputError(
+                f"-o: {self.path.name} cannot hold frames of {size}: {error.strerror}"
+            ) from error
 
     def _mux(self, packets: list[av.Packet]) -> None:
         assert self.container is not None
@@ -265,6 +281,11 @@ class FrameWriter:
 
     def _add_stream(self, frame: np.ndarray) -> av.VideoStream:
         assert self.container is not None and self.codec is not None
+        if min(frame.shape[:2]) < self.codec.least:
+            raise InputError(
+                f"--codec: expected frames of at least {self.codec.least} pixels a side for "
+                f"{self.codec.encoder}, got {frame.shape[1]}x{frame.shape[0]}"
+            )
         os.environ.setdefault("SVT_LOG", "1")  # errors only: this encoder talks on standard error
         stream = cast(av.VideoStream, self.container.add_stream(self.codec.encoder, rate=self.rate))
         context = stream.codec_context
