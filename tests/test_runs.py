@@ -161,6 +161,44 @@ def test_where_the_time_goes(clip, capsys):
     assert re.search(r"\nseconds: decode \d+\.\d, .*encode \d+\.\d\n", capsys.readouterr().out)
 
 
+def test_an_edited_keyframe(clip, capsys):
+    frames, _, folder = clip
+    write_clip(folder / "whole", pan(), box_masks())
+    source = folder / "whole" / "frames"
+    edited = pan()[4]
+    edited[30:50, 20:40] = (255, 0, 0)
+    video.write_image(folder / "edited.png", edited)
+    assert run(source, "--keyframe", f"4={folder / 'edited.png'}", "-o", folder / "out") == 0
+    said = capsys.readouterr().out
+    assert "edited with confidence: " in said and "masks" not in said
+    results = list(video.FrameSource(folder / "out", "x"))
+    assert np.abs(results[4].astype(int) - edited).mean() < 3
+    for index in (2, 6):  # the camera moves two pixels per frame
+        moved = 20 - 2 * (index - 4)
+        patch = results[index][34:46, moved + 4 : moved + 16].astype(int)
+        assert np.abs(patch - (255, 0, 0)).mean() < 30
+
+
+def test_keyframes_are_checked(clip, capsys):
+    frames, masks, folder = clip
+    image = folder / "e.png"
+    video.write_image(image, pan()[0])
+    out = ("-o", folder / "out")
+    for given, message in (
+        (["--keyframe", "x=e.png"], "--keyframe: expected the index of a frame, = and an image, got x=e.png"),
+        (["--keyframe", "3"], "--keyframe: expected the index"),
+        (["--keyframe", f"3={folder / 'no.png'}"], "--keyframe: .*no.png does not exist"),
+        (
+            ["--keyframe", f"3={image}", "--keyframe", f"03={image}"],
+            "--keyframe: expected one image for frame 3",
+        ),
+        (["--keyframe", f"3={image}", "--checkpoint", "a"], "--checkpoint: expected none with --keyframe"),
+        (["--keyframe", f"99={image}"], "99"),
+    ):
+        said = refused(capsys, folder, frames, *given, *out)
+        assert re.search(message, said), said
+
+
 # Resuming
 
 

@@ -1,8 +1,10 @@
-"""Repair the masked region of a video.
+"""Repair the masked region of a video, or carry an edited frame to the others.
 
 Pixels are carried along optical flow from the frames that see them; what no frame sees is inpainted.
 Needs no weights and no GPU. With --checkpoint a trained generator fills the region instead. Memory does
 not grow with the length of the video.
+
+With --keyframe, what was changed in one or more frames follows the scene to all others.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ if TYPE_CHECKING:
 
     from gi_model.commands._outputs import Outputs
     from gi_model.propagation import LearnedPropagator, Propagator
+    from gi_model.propagation.edits import EditPropagator
     from gi_model.propagation.finished import Journal
     from gi_model.video import FrameSource, MaskSource
     from gi_model.video.masks import Step
 
 NAME = "propagate"
-SUMMARY = "repair the masked region of a video from the frames that see it"
+SUMMARY = "repair the masked region of a video, or carry an edited frame to the others"
 EXTRA = "video"
 
 NOTES = """\
@@ -43,6 +46,8 @@ examples:
       frames and masks of a data set, without any loss
   gi-model propagate frames/ --masks masks/ -o out --resume
       a folder of images to a folder of images; goes on where an earlier run was stopped
+  gi-model propagate clip.mp4 --keyframe 0=edited.png -o edited.mp4
+      edited.png is frame 0 with something changed; frames are counted from 0
 
 Frames of more than 8 bits stay so: PNG of 16 bits, video of 10 where the codec has them. Rotation, times
 of frames, colour tags and sound are kept; subtitles and chapters are not. docs/propagation.md has more.
@@ -59,7 +64,10 @@ AHEAD = BEHIND = 4
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.epilog = NOTES
-    parser.usage = "gi-model propagate VIDEO --masks MASKS -o OUT [options]"
+    parser.usage = (
+        "gi-model propagate VIDEO --masks MASKS -o OUT [options]\n"
+        "       gi-model propagate VIDEO --keyframe INDEX=IMAGE -o OUT [options]"
+    )
     parser.add_argument(
         "video", metavar="VIDEO", help="a video file, a folder of images, or a DAVIS data set (--sequence)"
     )
@@ -74,6 +82,14 @@ def _add_region(group: argparse._ArgumentGroup) -> None:
         metavar="MASKS",
         help="white where to repair: a video, a folder of images, or one image for all frames; in PNG images "
         "with a palette, every label but 0",
+    )
+    group.add_argument(
+        "--keyframe",
+        action="append",
+        default=[],
+        metavar="INDEX=IMAGE",
+        help="the frame of this index (from 0) with something changed, which is carried to the other frames, "
+        "inside the masks if there are --masks; may be given several times",
     )
     group.add_argument(
         "--sequence",
@@ -159,12 +175,13 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     if options.flow_checkpoint and not options.checkpoint:
         raise InputError("--flow-checkpoint: expected --checkpoint too")
+    edits = _edits(options)
     frames, masks, truth = _sources(options)
     places = Places(Path(options.output))
-    places.check_apart(frames, masks.frames, truth)
+    places.check_apart(frames, masks.frames if masks else None, truth)
     outputs = Outputs(options, places, frames, with_truth=truth is not None)
     places.check_free(options)
-    propagator = _propagator(options)
+    propagator = _propagator(options, edits)
     decoding = Clock()
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -184,32 +201,56 @@ def run(options: argparse.Namespace) -> int:
         outputs.journal = journal
         stack.enter_context(outputs)
         send = stack.enter_context(write_behind(outputs.write, BEHIND))
-        results = propagator.run(reading, reading.masks(), finished=journal)
+        results = propagator.run(reading, reading.masks() if masks else None, finished=journal)
         stack.callback(getattr(results, "close", int))
         for index, result in enumerate(progress(results, frames.count, "repairing")):
             send((index, reading.take(index), result))
     seconds = time.perf_counter() - started
-    _report(outputs, seconds, propagator, masks.brightest, journal.found if options.resume else 0)
+    brightest = masks.brightest if masks else 0.0
+    _report(outputs, seconds, propagator, brightest, journal.found if options.resume else 0)
     stages = {"decode": decoding.seconds, **_computing(propagator), "encode": outputs.clock.seconds}
     print("seconds:", ", ".join(f"{name} {took:.1f}" for name, took in stages.items()))
     print(f"wrote {' and '.join(map(str, outputs.written))}")
     return 0
 
 
-def _sources(options: argparse.Namespace) -> tuple[FrameSource, MaskSource, FrameSource | None]:
+def _edits(options: argparse.Namespace) -> dict[int, Path]:
+    """Edited keyframes by index."""
+    edits: dict[int, Path] = {}
+    for given in options.keyframe:
+        index, equals, name = given.partition("=")
+        if not (equals and name and index.isdecimal()):
+            raise InputError(f"--keyframe: expected the index of a frame, = and an image, got {given}")
+        if int(index) in edits:
+            raise InputError(f"--keyframe: expected one image for frame {int(index)}, got {given} too")
+        if not Path(name).is_file():
+            raise InputError(f"--keyframe: {name} does not exist")
+        edits[int(index)] = Path(name)
+    if edits and options.checkpoint:
+        raise InputError("--checkpoint: expected none with --keyframe")
+    return edits
+
+
+def _sources(options: argparse.Namespace) -> tuple[FrameSource, MaskSource | None, FrameSource | None]:
     from gi_model.video import FrameSource, MaskSource, davis_sequence
 
     video, masks = options.video, options.masks
     if options.sequence is not None or (Path(video) / "JPEGImages").is_dir():
         sequence = davis_sequence(video, options.sequence)
         video, masks = sequence.frames, masks or sequence.masks
-    if masks is None:
+    if masks is None and not options.keyframe:
         raise InputError("--masks: expected a video, a folder of images, or an image, got nothing")
     truth = FrameSource(options.truth, "--truth") if options.truth else None
-    return FrameSource(video, "VIDEO"), MaskSource(masks), truth
+    return FrameSource(video, "VIDEO"), MaskSource(masks) if masks else None, truth
 
 
-def _propagator(options: argparse.Namespace) -> Propagator | LearnedPropagator:
+def _propagator(
+    options: argparse.Namespace, edits: Mapping[int, Path]
+) -> Propagator | LearnedPropagator | EditPropagator:
+    if edits:
+        from gi_model.propagation.edits import EditPropagator
+
+        return EditPropagator(_Images(edits))
     if options.checkpoint:
         from gi_model.propagation import load_propagator
 
@@ -219,7 +260,25 @@ def _propagator(options: argparse.Namespace) -> Propagator | LearnedPropagator:
     return Propagator(radius=options.radius)
 
 
-def _signature(options: argparse.Namespace, frames: FrameSource, masks: MaskSource) -> dict[str, str]:
+class _Images(Mapping[int, "np.ndarray"]):
+    """Edited keyframes that are read when they are looked up."""
+
+    def __init__(self, paths: Mapping[int, Path]) -> None:
+        self.paths = paths
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        from gi_model.video.images import read_image
+
+        return read_image(self.paths[index], "--keyframe")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def _signature(options: argparse.Namespace, frames: FrameSource, masks: MaskSource | None) -> dict[str, str]:
     """What the repaired frames depend on, by the names that a user knows."""
     import cv2
     import torch
@@ -229,7 +288,8 @@ def _signature(options: argparse.Namespace, frames: FrameSource, masks: MaskSour
 
     files = {
         "VIDEO": str(frames.path),
-        "--masks": str(masks.frames.path),
+        "--masks": str(masks.frames.path) if masks else None,
+        **{f"--keyframe {given.partition('=')[0]}": given.partition("=")[2] for given in options.keyframe},
         "--checkpoint": options.checkpoint,
         "--flow-checkpoint": options.flow_checkpoint,
     }
@@ -306,29 +366,35 @@ def _keeping(journal: Journal, resume: bool) -> Callable[..., None]:
     return close
 
 
-def _computing(propagator: Propagator | LearnedPropagator) -> dict[str, float]:
+def _computing(propagator: Propagator | LearnedPropagator | EditPropagator) -> dict[str, float]:
     """Seconds by stage of the propagator, if it counts them; its reading is waiting for the decoder."""
     stages: Mapping[str, float] = getattr(propagator, "stages", {})
     return {"waiting for frames" if name == "read" else name: seconds for name, seconds in stages.items()}
 
 
 def _report(
-    outputs: Outputs, seconds: float, propagator: Propagator | LearnedPropagator, brightest: float, found: int
+    outputs: Outputs,
+    seconds: float,
+    propagator: Propagator | LearnedPropagator | EditPropagator,
+    brightest: float,
+    found: int,
 ) -> None:
     masked, unseen = propagator.masked, propagator.unseen
     parts = []
     if found:
         parts.append(f"{found} frames were finished before")
-    if not outputs.masked:
+    edited = hasattr(propagator, "edits")
+    if not outputs.masked and not edited:
         dark = f"; the brightest pixel is {brightest:.1%} of white, above 50% counts" if brightest else ""
         parts.append(f"the masks are empty{dark}")
-    elif outputs.ours is not None:
+    elif outputs.ours is not None and outputs.masked:
         parts.append(
             f"inside the mask: PSNR {outputs.ours.psnr:.2f} dB, SSIM {outputs.ours.ssim:.3f} (OpenCV "
             f"inpainting per frame: {outputs.inpainted.psnr:.2f} dB, {outputs.inpainted.ssim:.3f})"
         )
     if masked:
-        parts.append(f"seen by other frames: {1 - unseen / masked:.1%}")
+        share = "edited with confidence" if edited else "seen by other frames"
+        parts.append(f"{share}: {1 - unseen / masked:.1%}")
     # Kilobytes, but bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     parts += [f"{outputs.count / seconds:.2f} frames per second", f"peak memory {peak:.0f} MiB"]

@@ -67,7 +67,7 @@ class Step(NamedTuple):
 def aligned(
     frames: FrameSource, masks: MaskSource | None, truth: FrameSource | None = None
 ) -> Iterator[Step]:
-    """Frames with their masks, which are full where there are none, and the truth, in step.
+    """Frames with their masks, which are empty where there are none, and the truth, in step.
 
     Raises:
         InputError: sizes or numbers differ; numbers that are known are compared before the first
@@ -97,7 +97,7 @@ def aligned(
                     f"{source.argument}: expected {what} of {frame.shape[1]}x{frame.shape[0]} pixels like "
                     f"{frames.path}, got {image.shape[1]}x{image.shape[0]} at frame {index}"
                 )
-        mask = np.ones(frame.shape[:2], bool) if masks is None else cast(np.ndarray, matching[0])
+        mask = np.zeros(frame.shape[:2], bool) if masks is None else cast(np.ndarray, matching[0])
         yield Step(frame, mask, matching[-1] if truth is not None else None, time)
     for what, source, iterator in others:
         if not source.still and next(iterator, None) is not None:
