@@ -32,16 +32,6 @@ class Finished(Protocol):
         ...
 
 
-def finish(index: int, make: Callable[[], np.ndarray], finished: Finished | None) -> np.ndarray:
-    """The finished frame of an index; made and kept where there is none."""
-    image = finished.get(index) if finished is not None else None
-    if image is None:
-        image = make()
-        if finished is not None:
-            finished.put(index, image)
-    return image
-
-
 class Journal:
     """Finished frames in a folder, of which only the box that differs from the original is stored.
 
