@@ -1,8 +1,8 @@
 """Repair the masked region of a video, or carry an edited frame to the others.
 
-Pixels are carried along optical flow from the frames that see them; what no frame sees is inpainted.
-Needs no weights and no GPU. With --checkpoint a trained generator fills the region instead. Memory does
-not grow with the length of the video.
+Pixels are carried along optical flow from the frames that see them; what no frame sees is filled from
+its surroundings. Needs no weights and no GPU. With --checkpoint a trained generator fills the region
+instead. Memory does not grow with the length of the video.
 
 With --keyframe, what was changed in one or more frames follows the scene to all others.
 """
