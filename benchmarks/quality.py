@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from rich.progress import Progress
@@ -32,11 +32,16 @@ from gi_model.evaluation.lpips import lpips
 from gi_model.evaluation.video import flicker, masked_lpips, motion, warp_error
 from gi_model.metrics import MaskedQuality
 from gi_model.propagation import Propagator
+from gi_model.propagation.sampling import bounding_box
+from gi_model.video import staged
 
 OURS = "ours"
-RESULTS = Path(__file__).resolve().parent / "results" / "quality"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, QUICK_RESULTS = ROOT / "benchmarks" / "results" / "quality", ROOT / "build" / "quality"
 #: dB of PSNR: how far ours may lie below the median where the camera stands, and below anything anywhere.
 BELOW_MEDIAN, BELOW_ANY = 1.0, 0.3
+NETWORK = "alexnet"  # of LPIPS
+SSIM_MARGIN = 8  # pixels around a mask, more than SSIM's window reaches
 #: Of a quick run: clips, frames of each, kinds of masks.
 QUICK = ("city", "city-still"), 16, ("object", "box")
 
@@ -51,8 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--quick", action="store_true", help="a few frames of the bundled clip: under a minute"
     )
     parser.add_argument("--only", nargs="+", metavar="CLIP", help="these clips; the others' rows are kept")
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER", help=f"{RESULTS}; quick: {QUICK_RESULTS}"
+    )
     options = parser.parse_args(arguments)
+    options.output = options.output or (QUICK_RESULTS if options.quick else RESULTS)
+    if options.clips is not None and not options.clips.is_dir():
+        parser.error(f"--clips: expected a folder, got {options.clips}")
     known = [clip.name for clip in CLIPS]
     for name in options.only or []:
         if name not in known:
@@ -71,12 +81,17 @@ def main(arguments: list[str] | None = None) -> int:
         old = json.loads(file.read_text())["rows"]
         rows += [row for row in old if row["clip"] not in options.only]
     rows.sort(key=lambda row: (known.index(row["clip"]), list(kinds.KINDS).index(row["mask"])))
-    file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    failures = judge(rows)
-    (options.output / "table.md").write_text(report(rows, failures, absent))
-    print(report(rows, failures, absent))
+    versions = {"torch": torch.__version__, "opencv": cv2.__version__, "numpy": np.__version__}
+    text = report(rows, judge(rows), absent)
+    for target, content in (
+        (file, json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"),
+        (options.output / "table.md", text),
+    ):
+        with staged(target) as temporary:
+            temporary.write_text(content)
+    print(text)
     print(f"wrote {options.output}")
-    return 1 if failures else 0
+    return 1 if judge(rows) else 0
 
 
 def judge(rows: Sequence[Row]) -> list[str]:
@@ -115,12 +130,13 @@ def report(rows: Sequence[Row], failures: Sequence[str], absent: Sequence[str]) 
         ("Warp error, 1e-3", "warp_error", 2, min),
         ("Flicker, levels", "flicker", 2, min),
     ):
-        if all(math.isnan(row["methods"][OURS][key]) for row in rows):
+        measured = [row for row in rows if key in row["methods"][OURS]]
+        if not measured:
             continue
         extra = ["truth"] if key == "warp_error" else []
         lines += [f"## {title}", "", "| clip | mask | " + " | ".join(methods + extra) + " |"]
         lines += ["|---|---|" + "---:|" * len(methods + extra)]
-        for row in rows:
+        for row in measured:
             values = [row["methods"][name][key] for name in methods]
             cells = [f"**{v:.{digits}f}**" if v == best(values) else f"{v:.{digits}f}" for v in values]
             cells += [f"{row['truth_warp_error']:.{digits}f}"] if extra else []
@@ -148,8 +164,10 @@ NOTES = (
 
 def _measured(clips: Sequence[Clip], folder: Path | None, quick: bool, output: Path) -> list[Row]:
     """All rows of ``clips``; a process for each core, with one thread."""
-    if lpips_metric() is None:
-        print("without LPIPS: `gi-model fetch-lpips` fetches its weights", file=sys.stderr)
+    try:
+        lpips(NETWORK)
+    except InputError as error:
+        print(f"without LPIPS: {error}", file=sys.stderr)
     jobs = [(clip.name, kind) for clip in clips for kind in (QUICK[2] if quick else kinds.KINDS)]
     cores = len(os.sched_getaffinity(0))
     rows = []
@@ -166,8 +184,6 @@ def _measured(clips: Sequence[Clip], folder: Path | None, quick: bool, output: P
 
 
 def _one_thread() -> None:
-    import cv2
-
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 
@@ -208,16 +224,10 @@ Values = dict[str, float]
 def _inside(result: Sequence[np.ndarray], truth: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Values:
     quality = MaskedQuality()
     for frame, true, mask in zip(result, truth, masks, strict=True):
-        quality.add(frame, true, mask)
+        if mask.any():
+            box = bounding_box(mask, SSIM_MARGIN)
+            quality.add(frame[box], true[box], mask[box])
     return {"psnr": quality.psnr, "ssim": quality.ssim}
-
-
-def lpips_metric() -> Any:
-    """LPIPS on AlexNet's features, or None without its weights."""
-    try:
-        return lpips("alexnet")
-    except InputError:
-        return None
 
 
 def _add_lpips(
@@ -226,16 +236,15 @@ def _add_lpips(
     truth: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
 ) -> None:
-    metric = lpips_metric()
-    sums = np.full(len(results), np.nan)
-    if metric is not None:
-        frames = [i for i, mask in enumerate(masks) if mask.any()]
-        sums = np.mean(
-            [masked_lpips(metric, [r[i] for r in results.values()], truth[i], masks[i]) for i in frames],
-            axis=0,
-        )
-    for method, value in zip(results, sums, strict=True):
-        values[method]["lpips"] = float(value)
+    """LPIPS of every method, the mean over frames; nothing without its weights."""
+    try:
+        metric = lpips(NETWORK)
+    except InputError:
+        return
+    frames = [i for i, mask in enumerate(masks) if mask.any()]
+    distances = [masked_lpips(metric, [r[i] for r in results.values()], truth[i], masks[i]) for i in frames]
+    for method, distance in zip(results, np.mean(distances, axis=0), strict=True):
+        values[method]["lpips"] = float(distance)
 
 
 if __name__ == "__main__":

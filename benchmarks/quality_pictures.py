@@ -15,7 +15,7 @@ WINDOW = 144  # pixels of a window's sides
 GAP = 4  # pixels of white between windows
 HEADING = 18  # pixels
 CONSECUTIVE = 6  # frames
-JPEG_QUALITY = 72
+JPEG_QUALITY = 66
 
 Frames = Sequence[np.ndarray]  # [H,W,3] uint8
 Masks = Sequence[np.ndarray]  # [H,W] bool

@@ -98,6 +98,20 @@ def test_clips_without_files_are_missing(tmp_path: Path) -> None:
     assert frames[0].dtype == np.uint8 and not np.array_equal(frames[0], frames[1])
 
 
+def test_a_row_is_measured_and_reported(tmp_path: Path) -> None:
+    row = quality.measure("city-still", "box", None, 3, tmp_path)
+    assert (row["frames"], row["width"], row["height"]) == (3, 288, 162)
+    assert list(row["methods"]) == ["telea", "median", "one-step", "ours"]
+    assert all({"psnr", "ssim", "warp_error", "flicker"} <= set(m) for m in row["methods"].values())
+    assert 0 < row["truth_warp_error"] < row["methods"]["telea"]["warp_error"]
+    assert cv2.imread(str(tmp_path / "city-still-box.jpg")) is not None
+    text = quality.report([row], ["city-still, box: too low"], ["vtest"])
+    psnr = [m["psnr"] for m in row["methods"].values()]
+    best = f"**{max(psnr):.2f}**"
+    assert best in text and text.count("| city-still | box |") >= 4
+    assert "- missed: city-still, box: too low" in text and "for want of files: vtest" in text
+
+
 def row(moving: bool, floor: float | None, **psnr: float) -> dict[str, object]:
     methods = {name.replace("_", "-"): {"psnr": value} for name, value in psnr.items()}
     return {"clip": "c", "mask": "box", "moving": moving, "floor": floor, "methods": methods}
