@@ -36,40 +36,16 @@ class Video:
         Raises:
             InputError: unreadable frames, or numbers or sizes that differ.
         """
-        results, truths, masks = [], [], []
-        truth_source = FrameSource(self.truth, "TRUTH")
-        for result, mask, truth in self._aligned(truth_source):
-            assert truth is not None
-            result, truth = _unit(result), _unit(truth)
-            if mask is not None:
-                masks.append(mask)
-                result = np.where(mask[..., None], result, truth)
-            results.append(result)
+        source = FrameSource(self.result, "RESULTS")
+        masks = None if self.masks is None else MaskSource(self.masks, "MASKS")
+        results, truths, own_masks = [], [], []
+        for step in aligned(source, masks, FrameSource(self.truth, "TRUTH")):
+            assert step.truth is not None
+            truth = _unit(step.truth)
             truths.append(truth)
-        return results, truths, masks if self.masks is not None else None
-
-    def _aligned(
-        self, truth: FrameSource
-    ) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]:
-        result = FrameSource(self.result, "RESULTS")
-        if self.masks is not None:
-            for step in aligned(result, MaskSource(self.masks, "MASKS"), truth):
-                yield step[0], step[1], step[2]
-            return
-        others = iter(truth)
-        count = 0
-        for frame in result:
-            other = next(others, None)
-            if other is None or other.shape != frame.shape:
-                got = "none" if other is None else f"{other.shape[1]}x{other.shape[0]} pixels"
-                raise InputError(
-                    f"TRUTH: expected a frame of {frame.shape[1]}x{frame.shape[0]} pixels at frame {count} "
-                    f"of {self.truth}, got {got}"
-                )
-            count += 1
-            yield frame, None, other
-        if next(others, None) is not None:
-            raise InputError(f"TRUTH: {self.truth} has more frames than {self.result}, which has {count}")
+            own_masks.append(step.mask)
+            results.append(np.where(step.mask[..., None], _unit(step.image), truth))
+        return results, truths, None if masks is None else own_masks
 
 
 def find_videos(results: Path, truth: Path, masks: Path | None) -> list[Video]:
