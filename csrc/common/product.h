@@ -126,9 +126,16 @@ template <int R> struct Height {
   static constexpr int value = R;
 };
 
+// Part of a panel that is fetched into the second-level cache while a tile is computed: `step` terms for each
+// term of the depth.
+template <class S> struct Ahead {
+  const S* data;
+  i64 step;
+};
+
 template <int R, class S>
 GI_HOST_DEVICE void multiply_tile(const S* a, const Factor<S>& f, const S* panel, i64 count, Sum<S>* c, i64 c_row,
-                                  Into into) {
+                                  Into into, const Ahead<S>& ahead) {
   using A = Sum<S>;
   using Term = TermTraits<S>;
   constexpr i64 L = kLanes<A>;
@@ -137,6 +144,7 @@ GI_HOST_DEVICE void multiply_tile(const S* a, const Factor<S>& f, const S* panel
     for (int v = 0; v < kTileVectors; ++v)
       sum[r][v] = into == Into::add ? load<A>(c + r * c_row + v * L) : Vec<A>{};
   for (i64 k = 0; k < count; ++k, panel += kPanel<S>) {
+    __builtin_prefetch(ahead.data + k * ahead.step, 0, 2);
     typename Term::Vector b[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) b[v] = Term::load(panel + v * L);
     for (int r = 0; r < R; ++r) {
@@ -149,15 +157,20 @@ GI_HOST_DEVICE void multiply_tile(const S* a, const Factor<S>& f, const S* panel
 }
 
 // C = A B, or C += A B, over `depth` numbers. Rows of C hold whole panels: what the columns beyond the last
-// receive is zero.
+// receive is zero. `after`: the panel that the next call begins with, if that is known; panels that come from
+// memory are fetched while the ones before them are multiplied.
 template <class S>
 inline void multiply(i64 rows, i64 columns, i64 depth, const Factor<S>& a, const Panels<S>& b, Sum<S>* c, i64 c_row,
-                     Into into) {
+                     Into into, const S* after = nullptr) {
+  const i64 shares = maximum<i64>(1, rows / kTileRows), step = maximum<i64>(1, kPanel<S> / shares);
   for (i64 n = 0; n < columns; n += kPanel<S>) {
     const S* panel = b.data + n / kPanel<S> * b.stride;
+    const S* next = n + kPanel<S> < columns ? panel + b.stride : after;
     const auto tile = [&](auto height, i64 m) {
+      const i64 share = minimum(m / kTileRows, shares - 1);
+      const Ahead<S> ahead = next ? Ahead<S>{next + share * step * terms<S>(depth), step} : Ahead<S>{panel, 0};
       multiply_tile<decltype(height)::value, S>(a.data + m * a.row, a, panel, terms<S>(depth), c + m * c_row + n, c_row,
-                                                into);
+                                                into, ahead);
     };
     i64 m = 0;
     for (; m + kTileRows <= rows; m += kTileRows) tile(Height<kTileRows>{}, m);

@@ -10,6 +10,61 @@
 
 GI_BEGIN_VARIANT
 
+// Large blocks that a thread's scratch leaves behind, for what comes next: of the system they would be fresh
+// memory, which it clears page by page, and that can take as long as a kernel does.
+class LeftScratch {
+ public:
+  struct Block {
+    void* data = nullptr;
+    i64 bytes = 0;
+  };
+
+  ~LeftScratch() {
+    for (int i = 0; i < count_; ++i) std::free(blocks_[i].data);
+  }
+
+  // A block of at least `bytes`, and not of much more; none if there is none.
+  Block take(i64 bytes) {
+    for (int i = count_; i-- > 0;) {
+      const Block block = blocks_[i];
+      if (block.bytes < bytes || block.bytes > 2 * bytes) continue;
+      remove(i);
+      return block;
+    }
+    return {};
+  }
+
+  void leave(const Block& block) {
+    if (block.bytes < kLeast || block.bytes > kMost) return std::free(block.data);
+    while (count_ == kBlocks || bytes_ + block.bytes > kMost) {
+      std::free(blocks_[0].data);
+      remove(0);
+    }
+    blocks_[count_++] = block;
+    bytes_ += block.bytes;
+  }
+
+ private:
+  static constexpr int kBlocks = 8;
+  static constexpr i64 kLeast = i64(64) << 10;  // of one block
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr i64 kMost = 0;  // none: in a larger block than was asked for a fault is not seen
+#else
+  static constexpr i64 kMost = i64(4) << 20;  // of all together
+#endif
+
+  Block blocks_[kBlocks];  // in the order in which they were left
+  int count_ = 0;
+  i64 bytes_ = 0;
+
+  void remove(int i) {
+    bytes_ -= blocks_[i].bytes;
+    for (--count_; i < count_; ++i) blocks_[i] = blocks_[i + 1];
+  }
+};
+
+inline thread_local LeftScratch left_scratch;
+
 // Uninitialised memory of one worker, aligned to vectors.
 class Scratch {
  public:
@@ -17,22 +72,22 @@ class Scratch {
   explicit Scratch(i64 bytes) { reserve(bytes); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { left_scratch.leave(block_); }
 
   void reserve(i64 bytes) {
-    if (bytes <= size_) return;
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-    data_ = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
-    if (!data_) throw std::bad_alloc();
-    size_ = bytes;
+    if (bytes <= block_.bytes) return;
+    left_scratch.leave(block_);
+    block_ = left_scratch.take(bytes);
+    if (block_.data) return;
+    block_ = {std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)), bytes};
+    if (block_.data) return;
+    block_ = {};
+    throw std::bad_alloc();
   }
-  template <class T> T* as() const { return static_cast<T*>(data_); }
+  template <class T> T* as() const { return static_cast<T*>(block_.data); }
 
  private:
-  void* data_ = nullptr;
-  i64 size_ = 0;
+  LeftScratch::Block block_;
 };
 
 template <class A> GI_HOST_DEVICE i64 padded(i64 channels) {

@@ -12,7 +12,7 @@ namespace {
 // A tile of neighbouring results is transformed, multiplied and transformed back: with the channels as
 // rows and columns, each number of a transformed tile is a matrix product of its own ("position"). The
 // products of a piece of work, kColumns results wide, stay in the second-level cache.
-constexpr i64 kColumns = 64;
+constexpr i64 kColumns = 128;
 
 template <class V, class H> struct Filter2d {
   using Vertical = V;
@@ -286,10 +286,14 @@ void convolve_typed(const FusedConvolution& f, i64 begin, i64 end) {
     tiles.read(n, first, count, zeros.as<T>(), values.as<A>(), depth, value_stride);
     for (i64 o = 0; o < O; o += kColumns) {
       const i64 columns = minimum(kColumns, O - o);
+      const auto at = [&](i64 position, i64 column) {
+        return panels + (position * packed_columns(O) + column) * depth;
+      };
+      const A* following = o + kColumns < O ? at(0, o + kColumns) : nullptr;
       for (int p = 0; p < F::positions; ++p)
         multiply<A>(count, columns, depth, Factor<A>{values.as<A>() + p * value_stride, depth, 1},
-                    Panels<A>{panels + (p * packed_columns(O) + o) * depth, depth * kPanel<A>},
-                    sums.as<A>() + p * sum_stride, kColumns, Into::overwrite);
+                    Panels<A>{at(p, o), depth * kPanel<A>}, sums.as<A>() + p * sum_stride, kColumns, Into::overwrite,
+                    p + 1 < F::positions ? at(p + 1, o) : following);
       tiles.write(n, first, count, o, columns, sums.as<A>(), sum_stride, bias + o);
     }
   }

@@ -109,7 +109,23 @@ template <int M, int K> static void test_minimal_filter() {
   }
 }
 
+// Scratch memory is left for the next of about its size, and never twice.
+static void test_scratch() {
+#if !defined(__SANITIZE_ADDRESS__)
+  constexpr i64 kilobyte = 1024;
+  const void* left;
+  {
+    const Scratch first(200 * kilobyte);
+    left = first.as<char>();
+  }
+  const Scratch larger(300 * kilobyte), much_smaller(80 * kilobyte), same(150 * kilobyte), next(150 * kilobyte);
+  expect(larger.as<char>() != left && much_smaller.as<char>() != left, "scratch of another size");
+  expect(same.as<char>() == left && next.as<char>() != left, "scratch of that size");
+#endif
+}
+
 int main() {
+  test_scratch();
   test_taps();
   test_resize();
   test_minimal_filter<1, 1>();
