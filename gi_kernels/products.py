@@ -9,13 +9,13 @@ Where no gradient is taken, an MLP's GELU and sum are done in its convolutions, 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gi_kernels.layout import is_channels_last
+from gi_kernels.layout import is_channels_last, relayout
 
 # Products of numbers from which on the speed outweighs the 20 us that a convolution takes to start.
 _LEAST = 1 << 23
@@ -130,6 +130,68 @@ def convolution_relu(
     return torch.ops.mkldnn._convolution_pointwise(
         pixels, weight, bias, [0, 0], [stride, stride], [1, 1], 1, "relu", [], "none"
     )
+
+
+def strided_convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    padding: int = 0,
+    output_padding: int | None = None,
+) -> torch.Tensor:
+    """``F.conv2d(x, weight, bias, stride, padding)``; transposed where an output padding is given.
+
+    The weight's gradient is computed of contiguous maps: with the channels last oneDNN takes up to twice as
+    long for it, which outweighs the copies.
+    """
+    options = _Options(stride, padding, output_padding)
+    served = x.device.type == "cpu" and _ONEDNN and x.dtype == weight.dtype == torch.float32
+    plain = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not weight.requires_grad
+    if not served or plain or not torch.is_grad_enabled() or not is_channels_last(x):
+        if output_padding is None:
+            return F.conv2d(x, weight, bias, stride, padding)
+        return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
+    return _StridedConvolution.apply(x, weight, bias, options)  # type: ignore[no-any-return]
+
+
+class _Options(NamedTuple):
+    stride: int
+    padding: int
+    output_padding: int | None  # None: not a transposed convolution
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As ``torch.convolution`` takes them: dilation and groups are one."""
+        outside = self.output_padding or 0
+        transposed = self.output_padding is not None
+        return [self.stride] * 2, [self.padding] * 2, [1, 1], transposed, [outside] * 2, 1
+
+
+class _StridedConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: _Options
+    ) -> torch.Tensor:
+        return torch.convolution(x, weight, bias, *options.arguments())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, weight, bias, ctx.options = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        differentiate = torch.ops.aten.convolution_backward
+        rest = (ctx.bias_sizes, *ctx.options.arguments())
+        grad_x, _, grad_bias = differentiate(grad, x, weight, *rest, [of_x, False, of_bias])
+        if not of_weight:
+            return grad_x, None, grad_bias, None
+        maps = (relayout(t, torch.contiguous_format) for t in (grad, x))
+        _, grad_weight, _ = differentiate(*maps, weight.contiguous(), *rest, [False, True, False])
+        return grad_x, grad_weight, grad_bias, None
 
 
 def narrow_convolution(

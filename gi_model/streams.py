@@ -28,7 +28,7 @@ from gi_kernels.nn import KeysValues, LatentAttention, WindowRead, WindowWrite
 from gi_kernels.norms import batch_norm
 from gi_kernels.ops.fused_convolution import Activation
 from gi_kernels.precision import accumulation_dtype
-from gi_kernels.products import convolution_relu, narrow_convolution, pointwise
+from gi_kernels.products import convolution_relu, narrow_convolution, pointwise, strided_convolution
 from gi_model.graphs import hold
 from gi_model.published import Names, renamed
 
@@ -60,6 +60,8 @@ class ReflectConv(nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         padded = reflect(input, self.kernel_size[0] // 2)
+        if self.stride[0] > 1 and self.groups == 1:
+            return strided_convolution(padded, self.weight, self.bias, self.stride[0])
         return F.conv2d(padded, self.weight, self.bias, self.stride, groups=self.groups)
 
 
@@ -480,7 +482,8 @@ class UpNormRelu(nn.Module):
         self.norm = nn.BatchNorm2d(out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return batch_norm(self.conv(x), self.norm, relu=True)
+        up = strided_convolution(x, self.conv.weight, self.conv.bias, 2, padding=1, output_padding=1)
+        return batch_norm(up, self.norm, relu=True)
 
     def folded(self) -> nn.Module:
         return nn.Sequential(fold_norm(self.conv, self.norm), nn.ReLU(inplace=True))

@@ -123,6 +123,43 @@ def test_convolution_relu(dtype, layout, stride):
         assert_close(found, [t.to(dtype) for t in gradients(call, exact)], TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("output_padding", [None, 1], ids=["strided", "transposed"])
+def test_strided_convolution(output_padding, layout, biased):
+    """Values, gradients, and gradients of gradients are PyTorch's."""
+    x, weight, bias = operands((2, 6, 9, 8), 5, 6 * 9, torch.float32)
+    shape = (6, 3, 3) if output_padding is None else (5, 3, 3)
+    weight = weight.reshape(-1, *shape)
+    x, given = x.contiguous(memory_format=layout), (x, weight, bias) if biased else (x, weight)
+
+    def plain(x, weight, bias=None):
+        if output_padding is None:
+            return F.conv2d(x, weight, bias, 2, 1)
+        return F.conv_transpose2d(x, weight, bias, 2, 1, output_padding)
+
+    def ours(x, weight, bias=None):
+        return products.strided_convolution(x, weight, bias, 2, 1, output_padding)
+
+    def results(call):
+        tensors = [t.detach().requires_grad_() for t in given]
+        out = call(*tensors)
+        first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+        return out, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    assert_close(results(ours), results(plain), 1e-4)
+    assert_close([ours(*given)], [plain(*given)], 1e-5)
+
+
+@pytest.mark.parametrize("output_padding", [None, 1], ids=["strided", "transposed"])
+def test_strided_convolution_under_autocast(output_padding):
+    x, weight, _ = operands((2, 6, 9, 8), 6, 6 * 9, torch.float32)
+    x, weight = x.contiguous(memory_format=torch.channels_last), weight.reshape(6, 6, 3, 3).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = products.strided_convolution(x, weight, None, 2, 1, output_padding)
+    assert found.dtype == torch.bfloat16
+
+
 @torch.no_grad()
 def test_large_mlps_are_fused():
     """The operators of PyTorch's compiler are where they are looked for."""
