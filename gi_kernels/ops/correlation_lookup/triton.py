@@ -222,8 +222,9 @@ def _centre(coords, b, p, pixels, H, W, there, LEVEL: tl.constexpr, RADIUS: tl.c
     x = tl.load(coords + b * 2 * pixels + p, mask=there, other=0.0) * (1 / 2**LEVEL)
     y = tl.load(coords + (b * 2 + 1) * pixels + p, mask=there, other=0.0) * (1 / 2**LEVEL)
     reaches = there & (x >= -1 - RADIUS) & (x < W + RADIUS) & (y >= -1 - RADIUS) & (y < H + RADIUS)
-    x = tl.where(reaches, x, 0.0)
-    y = tl.where(reaches, y, 0.0)
+    # Finite whatever comes in. Not by tl.where(reaches, ...): Triton 3.6 cannot compile that in float64.
+    x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -1 - RADIUS), W + RADIUS)
+    y = tl.minimum(tl.maximum(tl.where(y == y, y, 0.0), -1 - RADIUS), H + RADIUS)
     left, top = tl.floor(x), tl.floor(y)
     return reaches, left.to(tl.int32), top.to(tl.int32), x - left, y - top
 
