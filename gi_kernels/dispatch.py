@@ -1,7 +1,7 @@
 """Which backend serves a call, and why.
 
-``auto`` takes the first backend of ``BACKENDS`` that can run the call, but for Triton's interpreter. An
-explicit choice either runs or raises the reason why it cannot.
+``auto`` takes the first backend that can run the call, but for Triton's interpreter: on a GPU in the order
+that ``rules`` say. An explicit choice either runs or raises the reason why it cannot.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from gi_kernels import jit, native
+from gi_kernels import jit, native, rules
 from gi_kernels.precision import accumulation_dtype
 
-#: In order of preference; ``reference`` runs everywhere.
+#: In order of preference, but for what ``rules`` say of a GPU; ``reference`` runs everywhere.
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 
 #: Operators that have CUDA kernels, csrc/*/cuda.cu.
@@ -105,14 +105,14 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     wanted = asked()
     refused: dict[str, str] = {}
     chosen = None
-    for name in BACKENDS:
+    for name in _order(operator, tensors):
         reason = _refusal(operator, name, tensors)
         if reason is None and wanted == "auto":
             reason = _reserve(name, tensors)
         if reason is None and wanted not in ("auto", name):
             reason = f"{wanted} was asked for"
         if reason is None and chosen is not None:
-            reason = f"{chosen} is preferred"
+            reason = f"{chosen} is preferred" + _grounds(operator, name, tensors)
         if reason is None:
             chosen = name
         else:
@@ -139,7 +139,7 @@ def run(operator: Operator, *args: Any) -> Any:
     tensors = _tensors(args)
     wanted = asked()
     if wanted == "auto":
-        for name in BACKENDS:
+        for name in _order(operator, tensors):
             if _refusal(operator, name, tensors) is None and _reserve(name, tensors) is None:
                 wanted = name
                 break
@@ -163,6 +163,23 @@ def run(operator: Operator, *args: Any) -> Any:
 def asked() -> str:
     """The backend that is asked for: a name, or ``auto``."""
     return _overrides[-1][0] if _overrides else _default
+
+
+def _order(operator: Operator, tensors: list[torch.Tensor]) -> tuple[str, ...]:
+    """The backends as ``auto`` tries them."""
+    if _device(tensors) != "cuda":
+        return BACKENDS
+    return (*rules.preferred(operator.name, tensors).order, "cpp", "reference")
+
+
+def _grounds(operator: Operator, name: str, tensors: list[torch.Tensor]) -> str:
+    """Why one of a GPU's backends is preferred to the one that is named."""
+    if _device(tensors) != "cuda":
+        return ""
+    rule = rules.preferred(operator.name, tensors)
+    if name not in rule.order:
+        return ""
+    return f" ({rule.measured_on}: {rule.numbers})" if rule.measured_on else f" ({rule.numbers})"
 
 
 def _device(tensors: list[torch.Tensor]) -> str:
