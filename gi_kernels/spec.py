@@ -110,6 +110,9 @@ class OperatorSpec:
     autocast: bool = False
     #: Whether results on the way take the storage dtype too, which its rounding then limits.
     stores_intermediates: bool = False
+    #: Backends that are made of several operators: what lies between these is rounded to the storage
+    #: dtype, gradients too, and many numbers share one rounding, so that their errors do not average out.
+    composed: frozenset[str] = frozenset()
     #: How many pixels further than the definition says a number that is not finite may spread.
     undefined_reach: int = 0
     #: Arguments that hold flows or coordinates, and the argument that each of them samples.

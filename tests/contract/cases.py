@@ -53,7 +53,7 @@ class Case:
             self.expected(arguments, actual, **options),
             self.raw(arguments, **options),
             self.sample.condition,
-            independent,
+            independent and self.backend not in self.spec.composed,
             cancelling,
         )
         return actual

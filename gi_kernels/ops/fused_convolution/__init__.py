@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
 
-from gi_kernels import checks, dispatch, native
+from gi_kernels import checks, dispatch, jit, native
 from gi_kernels.ops.fused_convolution import reference
 from gi_kernels.precision import accumulation_dtype, autocast
 
@@ -48,7 +48,9 @@ class FusedConvolution:
     four results with 8 instead of 20, in low precision eight with 12 instead of 40 (minimal filtering).
     The weight is transformed once, when the object is made, and is not looked at again. Transformed it
     has up to four times as many numbers, in float32 (float64 for float64). A number that is not finite
-    makes all results of a tile undefined if it makes one so.
+    makes all results of a tile undefined if it makes one so. On a GPU the convolution is PyTorch's, which
+    obeys ``torch.backends.cudnn.allow_tf32``; joining the inputs is a pass before it, and what follows
+    the convolution one behind it.
 
     Args:
         weight: ``[O, C, h, w]`` of 3x3, 1x5 or 5x1, float32, float64, bfloat16 or float16.
@@ -90,8 +92,12 @@ class FusedConvolution:
         checks.nonempty("weight", weight, 0, 1)
         checks.one_of("padding", padding, get_args(Padding))
         self.weight, self.bias, self.padding = weight, bias, padding
-        serves = weight.device.type == "cpu" and native.PROBLEM is None
-        self._packed = torch.ops.gi.fused_convolution_pack(weight, bias) if serves else None
+        #: What each backend makes of the weight, by its name.
+        self._packed: dict[str, torch.Tensor] = {}
+        if weight.device.type == "cpu" and native.PROBLEM is None:
+            self._packed["cpp"] = torch.ops.gi.fused_convolution_pack(weight, bias)
+        if weight.device.type != "cpu" or jit.INTERPRETED:
+            self._packed["triton"] = _side_by_side(weight, bias)
 
     @staticmethod
     def pays(weight: torch.Tensor) -> bool:
@@ -139,20 +145,30 @@ class FusedConvolution:
         )
 
 
-def _cpp(
-    inputs: Sequence[torch.Tensor],
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    addend: torch.Tensor | None,
-    activation: Activation,
-    padding: Padding,
-    packed: torch.Tensor,
-) -> torch.Tensor:
-    outputs, _, *kernel = weight.shape
-    number = get_args(Activation).index(activation)
-    return torch.ops.gi.fused_convolution(
-        inputs, packed, outputs, kernel, addend, number, padding == "reflect"
-    )
+def _side_by_side(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Weight, channels-last, and bias in one tensor."""
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return torch.cat([weight.permute(0, 2, 3, 1).flatten(), bias])
+
+
+def _by(name: str, namespace: str) -> Callable[..., torch.Tensor]:
+    """The backend ``name``, whose operator is in ``namespace``."""
+
+    def run(
+        inputs: Sequence[torch.Tensor],
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        addend: torch.Tensor | None,
+        activation: Activation,
+        padding: Padding,
+        packed: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        outputs, _, *kernel = weight.shape
+        number = get_args(Activation).index(activation)
+        operator = getattr(torch.ops, namespace).fused_convolution
+        return operator(inputs, packed[name], outputs, kernel, addend, number, padding == "reflect")
+
+    return run
 
 
 def _reference(
@@ -162,12 +178,15 @@ def _reference(
     addend: torch.Tensor | None,
     activation: Activation,
     padding: Padding,
-    packed: torch.Tensor | None,
+    packed: dict[str, torch.Tensor],
 ) -> torch.Tensor:
     return reference.fused_convolution(inputs, weight, bias, addend, activation, padding)
 
 
-OPERATOR = dispatch.Operator("fused_convolution", {"cpp": _cpp, "reference": _reference})
+OPERATOR = dispatch.Operator(
+    "fused_convolution",
+    {"triton": _by("triton", "gi_triton"), "cpp": _by("cpp", "gi"), "reference": _reference},
+)
 
 
 def _fake_pack(weight, bias):
@@ -184,4 +203,9 @@ def _fake(inputs, packed, channels, kernel, addend, activation, reflect):
 
 
 native.register("fused_convolution_pack", _fake_pack)
-native.register("fused_convolution", _fake)
+native.register(
+    "fused_convolution",
+    _fake,
+    triton="(Tensor[] inputs, Tensor packed, int channels, int[2] kernel, Tensor? addend, "
+    "int activation, bool reflect) -> Tensor",
+)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from gi_kernels import checks, dispatch, native
+from gi_kernels.ops.pixel_projection.reference import pixel_projection
 from gi_kernels.ops.projected_aggregation import reference
 from gi_kernels.precision import accumulation_dtype, autocast
 
@@ -24,8 +27,8 @@ def projected_aggregation(
 
     .. math:: out = \mathrm{deformable\_aggregation}(features, W_k s, W_v s, flows, errors, \dots)
 
-    with ``s`` the references and ``W s`` a product at every pixel, a 1x1 convolution without bias. In
-    float32 and float64, keys and values exist for a block of channels at a time only: the result needs
+    with ``s`` the references and ``W s`` a product at every pixel, a 1x1 convolution without bias. On the
+    CPU in float32 and float64, keys and values exist for a block of channels at a time only: the result needs
     a fraction of their memory, and so do its gradients, which make them again. Where keys and values
     serve several targets, project once and call :func:`deformable_aggregation` for each.
 
@@ -85,8 +88,38 @@ def _cpp(*args: torch.Tensor) -> torch.Tensor:
     return torch.ops.gi.projected_aggregation(*args)
 
 
+def _on_a_gpu(namespace: str) -> Callable[..., torch.Tensor]:
+    """PyTorch's product, then the aggregation of ``namespace``.
+
+    Keys and values exist whole there: one large product per reference is what a GPU does best, and
+    its memory is not short of them. The operators know their gradients.
+    """
+
+    def run(
+        features: torch.Tensor,
+        references: torch.Tensor,
+        key_weight: torch.Tensor,
+        value_weight: torch.Tensor,
+        *rest: torch.Tensor,
+    ) -> torch.Tensor:
+        maps = references.flatten(0, 1)
+        keys, values = (
+            pixel_projection(maps, weight).unflatten(0, references.shape[:2])
+            for weight in (key_weight, value_weight)
+        )
+        return getattr(torch.ops, namespace).deformable_aggregation(features, keys, values, *rest)
+
+    return run
+
+
 OPERATOR = dispatch.Operator(
-    "projected_aggregation", {"cpp": _cpp, "reference": reference.projected_aggregation}
+    "projected_aggregation",
+    {
+        "cuda": _on_a_gpu("gi"),
+        "triton": _on_a_gpu("gi_triton"),
+        "cpp": _cpp,
+        "reference": reference.projected_aggregation,
+    },
 )
 
 

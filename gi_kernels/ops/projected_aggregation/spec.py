@@ -145,6 +145,7 @@ SPEC = OperatorSpec(
     ),
     autocast=True,
     stores_intermediates=True,  # keys and values
+    composed=frozenset({"cuda", "triton"}),
     positions={"flows": "references"},
     differentiable=STORED + REST,
     flops=_flops,
