@@ -57,8 +57,8 @@ interpret:  ## values and gradients of the Triton kernels on the CPU, in Triton'
 interpret-long:  ## the contract suite in Triton's interpreter, on chosen samples
 	$(INTERPRETED) tests/contract tests/test_attention.py tests/gpu
 
-gpu-suite:  ## everything that only a GPU can tell; see benchmarks/gpu_suite.py --help
-	$(PYTHON) -m benchmarks.gpu_suite
+gpu-suite:  ## everything that only a GPU can tell; PARTS='--part contract --part speed' and others: see --help
+	$(PYTHON) -m benchmarks.gpu_suite $(PARTS)
 
 unit:  ## all tests on the installed package; the same random calls each time
 	$(PYTEST) --hypothesis-seed=0 tests

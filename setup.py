@@ -5,6 +5,7 @@ Environment variables:
                      there is a compiler, and left out with a note where there is none.
     GI_KERNELS_CUDA  1 requires CUDA kernels, 0 leaves them out; by default they are built where there
                      are nvcc and a torch with CUDA of one major version.
+    GI_KERNELS_CUDA_ARCHITECTURES  of the CUDA kernels, as CMAKE_CUDA_ARCHITECTURES has them: 90, say.
     GI_KERNELS_EMULATE_CUDA=1  lets loops over the CUDA kernels' bodies serve the CPU: for tests.
     GI_KERNELS_SANITIZE=1  builds with the address and undefined-behaviour sanitizers.
     GI_KERNELS_PORTABLE=1  builds no variants for newer instruction sets.
@@ -118,6 +119,7 @@ class BuildKernels(build_ext):
             f"-DGI_PORTABLE_ONLY={'ON' if flag('PORTABLE') else 'OFF'}",
             f"-DGI_EMULATE_CUDA={'ON' if flag('EMULATE_CUDA') else 'OFF'}",
             "-DGI_TESTS=OFF",
+            f"-DGI_CUDA_ARCHITECTURES={os.environ.get('GI_KERNELS_CUDA_ARCHITECTURES', '')}",
         ]  # fmt: skip
         cuda = {"1": "ON", "0": "OFF"}.get(os.environ.get("GI_KERNELS_CUDA", ""), "AUTO")
         left_out = work / "cuda_left_out.txt"

@@ -48,7 +48,7 @@ def launches(
     """The launches of a forward and a backward call of ``sample`` on the GPU, none of them run."""
     from gi_kernels.jit.launch import recorded
 
-    arguments = map_tensors(lambda _, t: arrange(t).to("meta"), sample.make(dtype))
+    arguments = map_tensors(lambda _, t: arrange(t.to("meta")), sample.make(dtype))
     with (
         mock.patch.object(dispatch, "_refusal_on", lambda *_: None),
         gi_kernels.backend("triton"),
@@ -60,7 +60,15 @@ def launches(
 
 
 def compiled(call: Any, capability: int) -> Resources:
-    """Compile a recorded launch for a GPU architecture: 80, 90, ..."""
+    """What a recorded launch needs on a GPU architecture: 80, 90, ..."""
+    result = build(call, capability)
+    usage = _usage(result.asm["cubin"])
+    found = [n for n in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if n in result.asm["ptx"]]
+    return Resources(usage["REG"], usage["STACK"], result.metadata.shared, tuple(found))
+
+
+def build(call: Any, capability: int) -> Any:
+    """Compile a recorded launch, as its first run on a GPU would; in Triton's cache it is found by that."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -74,10 +82,7 @@ def compiled(call: Any, capability: int) -> Resources:
         backend, call.options, bound, specialization, options
     )
     source = ASTSource(kernel, signature, constants, attributes)
-    result = triton.compile(source, target=target, options=options.__dict__)
-    usage = _usage(result.asm["cubin"])
-    found = [n for n in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if n in result.asm["ptx"]]
-    return Resources(usage["REG"], usage["STACK"], result.metadata.shared, tuple(found))
+    return triton.compile(source, target=target, options=options.__dict__)
 
 
 def _usage(binary: bytes) -> dict[str, int]:
