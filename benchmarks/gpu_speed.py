@@ -97,6 +97,7 @@ def cases() -> list[Case]:
     for name, competitor in {
         "projected_aggregation": published.published_projected_aggregation,
         "fused_convolution": published.published_convolution,
+        "window_query": published.published_window_query,
         "convex_upsample": published.published_convex_upsample,
         "complete_flow": published.published_complete_flow,
         "flow_consistency": published.published_flow_consistency,

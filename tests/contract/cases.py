@@ -74,7 +74,8 @@ def cases(
     """Parametrise a test by ``case``: chosen samples of every operator on every backend there is.
 
     Triton's interpreter takes a tenth of a second where kernels take microseconds. On it a test runs on
-    small samples only, and on the first of those chosen per way of serving; all of them if ``thorough``.
+    small samples only, and on the first of those chosen per way of serving; all of them if ``thorough``,
+    unless it is made of several operators.
     """
     found = []
     for spec in SPECS.values():
@@ -83,7 +84,8 @@ def cases(
             for sample in choose(spec):
                 for backend in backends(spec, sample):
                     if backend == "triton":
-                        if sample.size != "small" or (sample.served_by in interpreted and not thorough):
+                        every = thorough and backend not in spec.composed  # of kernels tested by themselves
+                        if sample.size != "small" or (sample.served_by in interpreted and not every):
                             continue
                         interpreted.add(sample.served_by)
                     if not (compiled_only and backend == "reference"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from gi_kernels import checks, dispatch, native
+from gi_kernels.ops.pixel_projection.reference import pixel_projection
 from gi_kernels.ops.window_pool import autograd, check_windows
 from gi_kernels.ops.window_query import reference
 from gi_kernels.precision import autocast
@@ -16,8 +19,8 @@ def window_query(features: torch.Tensor, queries: torch.Tensor, windows: tuple[i
     .. math:: out[b, w, h, c] = \sum_{p \in w} \mathrm{softmax}_{p \in w}(queries[h] \cdot features[b, :, p])
         \, features[b, c, p]
 
-    The same as :func:`window_pool` with these products for logits, but the map is read once and there are
-    no logits in memory.
+    The same as :func:`window_pool` with these products for logits. On the CPU the map is read once and
+    there are no logits in memory; on a GPU that is what runs, with logits in the dtype of ``features``.
 
     Args:
         features: ``[B, C, H, W]``, float32, float64, bfloat16 or float16; channels-last is the fast path.
@@ -47,7 +50,25 @@ def _cpp(features: torch.Tensor, queries: torch.Tensor, windows: tuple[int, int]
     return torch.ops.gi.window_query(features, queries, *windows)
 
 
-OPERATOR = dispatch.Operator("window_query", {"cpp": _cpp, "reference": reference.window_query})
+def _on_a_gpu(namespace: str) -> Callable[..., torch.Tensor]:
+    """PyTorch's product for the logits, then the pooling of ``namespace``; both know their gradients."""
+
+    def run(features: torch.Tensor, queries: torch.Tensor, windows: tuple[int, int]) -> torch.Tensor:
+        logits = pixel_projection(features, queries)
+        return getattr(torch.ops, namespace).window_pool(logits, features, *windows)
+
+    return run
+
+
+OPERATOR = dispatch.Operator(
+    "window_query",
+    {
+        "cuda": _on_a_gpu("gi"),
+        "triton": _on_a_gpu("gi_triton"),
+        "cpp": _cpp,
+        "reference": reference.window_query,
+    },
+)
 
 
 def _fake(features, queries, rows, columns):

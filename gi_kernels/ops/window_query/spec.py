@@ -85,6 +85,7 @@ SPEC = OperatorSpec(
     ),
     autocast=True,
     differentiable=("features", "queries"),
+    composed=frozenset({"cuda", "triton"}),
     flops=_flops,
     bytes=_bytes,
 )
