@@ -346,11 +346,12 @@ print(json.dumps([attempt(*a) for a in json.load(sys.stdin)]))
 
 def test_killed_at_any_moment(tmp_path):
     """Several times in a row, then finished: the same bytes as a run that was left alone."""
-    frames, masks = pan() * 3, box_masks() * 3
+    frames, masks = pan() * 2, box_masks() * 2
     paths = write_clip(tmp_path, blank(frames, masks), masks)
-    counts = sorted(int(n) for n in np.random.default_rng(3).choice(np.arange(1, 34), 4, replace=False))
+    moments = np.random.default_rng(3).choice(np.arange(1, 22), 4, replace=False)
+    stops = {"out.mp4": sorted(int(n) for n in moments[:3]), "out": [int(moments[3])]}
     attempts = []
-    for name in ("out.mp4", "out"):
+    for name, counts in stops.items():
         command = ["propagate", str(paths[0]), "--masks", str(paths[1]), "--radius", "3"]
         journal = str(tmp_path / f".{name}.finished")
         attempts.append(([*command, "-o", str(tmp_path / f"whole{name[3:]}")], journal, None))
@@ -365,7 +366,7 @@ def test_killed_at_any_moment(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout.splitlines()[-1])
-    assert codes == ([0] + [-9] * 4 + [0]) * 2, done.stderr
+    assert codes == [0, -9, -9, -9, 0, 0, -9, 0], done.stderr
     assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
     for i in range(len(frames)):
         one, other = (tmp_path / name / f"{i:06d}.png" for name in ("out", "whole"))

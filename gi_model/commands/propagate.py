@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gi_model.errors import InputError
 from gi_model.progress import progress
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gi_model.commands._outputs import Outputs
-    from gi_model.propagation import LearnedPropagator, Propagator
-    from gi_model.propagation.edits import EditPropagator
     from gi_model.propagation.finished import Journal
     from gi_model.video import FrameSource, MaskSource
     from gi_model.video.masks import Step
@@ -244,9 +242,7 @@ def _sources(options: argparse.Namespace) -> tuple[FrameSource, MaskSource | Non
     return FrameSource(video, "VIDEO"), MaskSource(masks) if masks else None, truth
 
 
-def _propagator(
-    options: argparse.Namespace, edits: Mapping[int, Path]
-) -> Propagator | LearnedPropagator | EditPropagator:
+def _propagator(options: argparse.Namespace, edits: Mapping[int, Path]) -> AnyPropagator:
     if edits:
         from gi_model.propagation.edits import EditPropagator
 
@@ -301,6 +297,17 @@ def _signature(options: argparse.Namespace, frames: FrameSource, masks: MaskSour
         "kernels": native.PROBLEM or import_module("gi_kernels._C").cpu_capability(),
         "threads": f"{torch.get_num_threads()}, {cv2.getNumThreads()} of OpenCV",
     }
+
+
+class AnyPropagator(Protocol):
+    """What this command asks of a propagator; those without a default for masks are given some."""
+
+    masked: int
+    unseen: int
+
+    def run(self, frames: Any, masks: Any, *, finished: Journal) -> Iterator[np.ndarray]:
+        """Results in order."""
+        ...
 
 
 class _Reading:
@@ -366,7 +373,7 @@ def _keeping(journal: Journal, resume: bool) -> Callable[..., None]:
     return close
 
 
-def _computing(propagator: Propagator | LearnedPropagator | EditPropagator) -> dict[str, float]:
+def _computing(propagator: AnyPropagator) -> dict[str, float]:
     """Seconds by stage of the propagator, if it counts them; its reading is waiting for the decoder."""
     stages: Mapping[str, float] = getattr(propagator, "stages", {})
     return {"waiting for frames" if name == "read" else name: seconds for name, seconds in stages.items()}
@@ -375,7 +382,7 @@ def _computing(propagator: Propagator | LearnedPropagator | EditPropagator) -> d
 def _report(
     outputs: Outputs,
     seconds: float,
-    propagator: Propagator | LearnedPropagator | EditPropagator,
+    propagator: AnyPropagator,
     brightest: float,
     found: int,
 ) -> None:
