@@ -190,11 +190,11 @@ class _Motion:
 
 
 def flow_picture(flow: np.ndarray) -> np.ndarray:
-    """Flow ``[H,W,2]`` in pixels as colours: the hue is the direction, the saturation the speed."""
+    """Flow ``[H,W,2]`` in pixels as colours: hue is the direction, saturation the root of the speed."""
     x, y = flow[..., 0].astype(np.float64), flow[..., 1].astype(np.float64)
     hue = (np.arctan2(y, x) / np.pi + 1) * 90 % 180  # OpenCV's hues go to 180
     speed = np.hypot(x, y) / (FAST * min(flow.shape[:2]))
-    colours = np.stack([hue, 255 * np.clip(speed, 0, 1), np.full_like(hue, 255)], axis=-1)
+    colours = np.stack([hue, 255 * np.sqrt(np.clip(speed, 0, 1)), np.full_like(hue, 255)], axis=-1)
     return cv2.cvtColor(colours.astype(np.uint8), cv2.COLOR_HSV2RGB)
 
 
