@@ -10,8 +10,8 @@ from gi_kernels.fourier import LARGEST_FACTOR, fourier, fourier_inverse
 from gi_kernels.testing import layouts
 from gi_kernels.testing.errors import largest_error, magnitude
 
-#: Among them: factors 4, 2, 3, 5, 7, 11 and one left to PyTorch; one row, one column, one pixel; part of a
-#: vector of channels, one and a bit, several groups of them.
+#: Among them: factors 4, 2, 3, 5, 7, 11, passes of each behind others, and a factor left to PyTorch; one row,
+#: one column, one pixel; part of a vector of channels, one and a bit, several groups of them.
 SHAPES = [
     (2, 6, 8, 8),
     (1, 40, 7, 9),
@@ -19,6 +19,7 @@ SHAPES = [
     (2, 17, 1, 66),
     (1, 33, 1, 1),
     (1, 70, 12, 2),
+    (1, 3, 24, 32),
     (1, 5, 10, 34),
 ]
 GIVEN = [layouts.contiguous, layouts.channels_last, layouts.sliced, layouts.strided, layouts.expanded_map]
