@@ -41,10 +41,12 @@ class Video:
         results, truths, own_masks = [], [], []
         for step in aligned(source, masks, FrameSource(self.truth, "TRUTH")):
             assert step.truth is not None
-            truth = _unit(step.truth)
+            result, truth = _unit(step.image), _unit(step.truth)
+            if masks is not None:
+                result = np.where(step.mask[..., None], result, truth)
+            results.append(result)
             truths.append(truth)
             own_masks.append(step.mask)
-            results.append(np.where(step.mask[..., None], _unit(step.image), truth))
         return results, truths, None if masks is None else own_masks
 
 
