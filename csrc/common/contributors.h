@@ -27,20 +27,33 @@ template <class A> struct ContributorLists {
   GI_HOST_DEVICE i64 cells() const { return i64(height + 1) * (width + 1); }
   GI_HOST_DEVICE i64 pixels() const { return i64(height) * width; }
 
-  // Calls f(p, weight) for every output pixel p that samples pixel (y, x) of a frame.
-  template <class F> GI_HOST_DEVICE void for_each(i64 frame, i64 y, i64 x, F&& f) const {
+  // Calls f(pixels, weights, there) with up to four output pixels that sample pixel (y, x) of a frame, until
+  // it has been given all: the first of each cell's list, then the second of each, and so on, so that the
+  // reads of four are under way. Where there is none the weight is zero and the pixel is 0.
+  template <class F> GI_HOST_DEVICE void for_each_four(i64 frame, i64 y, i64 x, F&& f) const {
     const i64* cell = first + frame * cells() + y * (width + 1) + x;
     const Contributor<A>* member = members + frame * pixels();
-    i64 start[4];
+    i64 at[4];
     GI_UNROLL
-    for (int k = 0; k < 4; ++k) start[k] = cell[(k & 2 ? 0 : width + 1) + (k & 1 ? 0 : 1)];
-    GI_UNROLL
-    for (int k = 0; k < 4; ++k)
-      for (i64 p = start[k]; p != kEnd;) {
-        const Contributor<A> c = member[p];
-        f(p, ((k & 1) ? c.fx : 1 - c.fx) * ((k & 2) ? c.fy : 1 - c.fy));
-        p = c.next;
+    for (int k = 0; k < 4; ++k) at[k] = cell[(k & 2 ? 0 : width + 1) + (k & 1 ? 0 : 1)];
+    while (at[0] != kEnd || at[1] != kEnd || at[2] != kEnd || at[3] != kEnd) {
+      bool there[4];
+      Contributor<A> c[4];
+      GI_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        there[k] = at[k] != kEnd;
+        at[k] = there[k] ? at[k] : 0;
+        c[k] = {A(0), A(0), kEnd};
+        if (there[k]) c[k] = member[at[k]];
       }
+      A weight[4];
+      GI_UNROLL
+      for (int k = 0; k < 4; ++k)
+        weight[k] = there[k] ? ((k & 1) ? c[k].fx : 1 - c[k].fx) * ((k & 2) ? c[k].fy : 1 - c[k].fy) : A(0);
+      f(at, weight, there);
+      GI_UNROLL
+      for (int k = 0; k < 4; ++k) at[k] = c[k].next;
+    }
   }
 };
 

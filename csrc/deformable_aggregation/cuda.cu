@@ -233,9 +233,18 @@ template <class T, int V> struct SourceGradient {
     const i64 first = frame * lists.pixels();
     for (i64 c = team.lane * V; c < channels; c += i64(team.lanes) * V) {
       A key[V] = {}, value[V] = {};
-      lists.for_each(frame, y, x, [&](i64 from, A weight) {
-        add(key, weight, read<T, V>(warped_keys + (first + from) * channels + c));
-        add(value, weight, read<T, V>(warped_values + (first + from) * channels + c));
+      lists.for_each_four(frame, y, x, [&](const i64 (&from)[4], const A (&weight)[4], const bool (&there)[4]) {
+        Pack<T, V> of_key[4], of_value[4];
+        GI_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          of_key[k] = read_if<T, V>(there[k], warped_keys + (first + from[k]) * channels + c);
+          of_value[k] = read_if<T, V>(there[k], warped_values + (first + from[k]) * channels + c);
+        }
+        GI_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          add(key, weight[k], of_key[k]);
+          add(value, weight[k], of_value[k]);
+        }
       });
       write(grad_keys.at(b, t, y, x) + grad_keys.template channel<V>(c), key);
       write(grad_values.at(b, t, y, x) + grad_values.template channel<V>(c), value);

@@ -71,23 +71,36 @@ template <class T, int V> struct InputGradient {
   Map<T> grad_input;
   i64 channels;
 
+  // What is summed in one walk through the lists: four reads of each are under way, and registers are short.
+  static constexpr int kSums = V == 1 ? 2 : 1;
+
   GI_HOST_DEVICE void operator()(i64 b, i64 pixel, const Team& team) const {
     i64 y, x;
     split(pixel, lists.width, y, x);
     T* out = grad_input.at(b, y, x);
     const i64 step = i64(team.lanes) * V;
-    for (i64 c0 = team.lane * V; c0 < channels; c0 += kPacks * step) {
-      A sum[kPacks][V] = {};
-      lists.for_each(b, y, x, [&](i64 from, A weight) {
-        i64 v, u;
-        split(from, lists.width, v, u);
-        const T* g = grad.at(b, v, u);
+    for (i64 c0 = team.lane * V; c0 < channels; c0 += kSums * step) {
+      A sum[kSums][V] = {};
+      lists.for_each_four(b, y, x, [&](const i64 (&from)[4], const A (&weight)[4], const bool (&there)[4]) {
+        Pack<T, V> taken[4][kSums];
         GI_UNROLL
-        for (int p = 0; p < kPacks; ++p)
-          if (c0 + p * step < channels) add(sum[p], weight, read<T, V>(g + grad.template channel<V>(c0 + p * step)));
+        for (int k = 0; k < 4; ++k) {
+          i64 v, u;
+          split(from[k], lists.width, v, u);
+          const T* g = grad.at(b, v, u);
+          GI_UNROLL
+          for (int p = 0; p < kSums; ++p) {
+            const i64 c = c0 + p * step;
+            taken[k][p] = read_if<T, V>(there[k] && c < channels, g + grad.template channel<V>(c));
+          }
+        }
+        GI_UNROLL
+        for (int k = 0; k < 4; ++k)
+          GI_UNROLL
+          for (int p = 0; p < kSums; ++p) add(sum[p], weight[k], taken[k][p]);
       });
       GI_UNROLL
-      for (int p = 0; p < kPacks; ++p)
+      for (int p = 0; p < kSums; ++p)
         if (c0 + p * step < channels) write(out + grad_input.template channel<V>(c0 + p * step), sum[p]);
     }
   }
@@ -154,7 +167,7 @@ template <class T> void backward(const FlowWarpBackward& a, void* memory, Stream
     with_width<T>(packed<T>(a.grad, 4, 1) && packed<T>(a.grad_input, 4, 1), [&](auto width) {
       constexpr int V = decltype(width)::value;
       const InputGradient<T, V> body{lists, Map<const T>(a.grad), Map<T>(a.grad_input), C};
-      launch_teams(body, B, pixels, team_lanes<T>(a.grad_input, V, kPacks), stream);
+      launch_teams(body, B, pixels, team_lanes<T>(a.grad_input, V, body.kSums), stream);
     });
   }
   if (a.flow_parts)

@@ -146,11 +146,13 @@ static void test_lists() {
         for (int k = 0; k < 4; ++k)
           if (t.inside[k]) left += double(t.weight(k) * x[(f * H + t.y(k)) * W + t.x(k)] * own);
         float sum = 0;
-        i64 last[4] = {-1, -1, -1, -1}, lists_seen = 0;
-        lists.for_each(f, y, x0, [&](i64 p, float weight) {
-          if (p <= last[lists_seen % 4]) ++lists_seen;  // the next cell
-          last[lists_seen % 4] = p;
-          sum += weight * g[f * H * W + p];
+        i64 last[4] = {-1, -1, -1, -1};
+        lists.for_each_four(f, y, x0, [&](const i64 (&p)[4], const float (&weight)[4], const bool (&there)[4]) {
+          for (int k = 0; k < 4; ++k) {
+            expect(there[k] ? p[k] > last[k] : weight[k] == 0 && p[k] == 0, "lists in the order of the pixels");
+            if (there[k]) last[k] = p[k];
+            sum += weight[k] * g[f * H * W + p[k]];
+          }
         });
         right += double(sum * x[(f * H + y) * W + x0]);
       }

@@ -798,8 +798,15 @@ MUTANTS = (
     Mutant(
         "taps of a pixel taken from the wrong cells",
         "common/contributors.h",
-        "start[k] = cell[(k & 2 ? 0 : width + 1) + (k & 1 ? 0 : 1)];",
-        "start[k] = cell[(k & 1 ? 0 : width + 1) + (k & 2 ? 0 : 1)];",
+        "at[k] = cell[(k & 2 ? 0 : width + 1) + (k & 1 ? 0 : 1)];",
+        "at[k] = cell[(k & 1 ? 0 : width + 1) + (k & 2 ? 0 : 1)];",
+        "flow_warp",
+    ),
+    Mutant(
+        "lists end with the shortest",
+        "common/contributors.h",
+        "while (at[0] != kEnd || at[1] != kEnd || at[2] != kEnd || at[3] != kEnd) {",
+        "while (at[0] != kEnd && at[1] != kEnd && at[2] != kEnd && at[3] != kEnd) {",
         "flow_warp",
     ),
     Mutant(
