@@ -172,12 +172,13 @@ inline void softmax(const Block<A>& logits, i64 height, i64 width, i64 heads) {
   }
 }
 
-// Turns the gradient of the weights into that of the logits. What all pixels have in common has no effect;
-// without that of the first one, less is rounded, and of equal ones nothing is left.
+// Turns the gradient of the weights into that of the logits. What all pixels have in common has no effect:
+// that of the first one, where finite, is subtracted, so that less is rounded and of equal ones nothing is left.
 template <class A>
 inline void softmax_backward(const Block<A>& weights, const Block<A>& grad, i64 height, i64 width, i64 heads) {
   for (i64 h = 0; h < heads; h += kLanes<A>) {
-    const Vec<A> first = load<A>(grad.data + h);
+    const Vec<A> corner = load<A>(grad.data + h), nothing = corner - corner;
+    const Vec<A> first = nothing == nothing ? corner : splat<A>(0);
     Vec<A> mean{};
     for (i64 y = 0; y < height; ++y) {
       Vec<A> row{};
