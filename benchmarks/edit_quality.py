@@ -20,7 +20,8 @@ import cv2
 import numpy as np
 
 from gi_model.propagation import EditPropagator
-from gi_model.video import FrameSource, staged, write_image
+from gi_model.staging import staged
+from gi_model.video import FrameSource, write_image
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "edits"

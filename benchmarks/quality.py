@@ -33,7 +33,7 @@ from gi_model.evaluation.video import flicker, masked_lpips, motion, warp_error
 from gi_model.metrics import MaskedQuality
 from gi_model.propagation import Propagator
 from gi_model.propagation.sampling import bounding_box
-from gi_model.video import staged
+from gi_model.staging import staged
 
 OURS = "ours"
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from gi_model.sheet import HOLE
-from gi_model.video import staged
+from gi_model.staging import staged
 
 WINDOW = 144  # pixels of a window's sides
 GAP = 4  # pixels of white between windows

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -17,8 +16,8 @@ from gi_model.errors import InputError
 from gi_model.metrics import MaskedQuality
 from gi_model.propagation import inpaint_frame
 from gi_model.sheet import HOLE, Sheet
-from gi_model.video import VIDEOS, FrameWriter, staged, to_8_bit, write_image
-from gi_model.video.staging import publish_folder, remove, temporary_name
+from gi_model.staging import staged, staged_folder
+from gi_model.video import VIDEOS, FrameWriter, to_8_bit, write_image
 from gi_model.video.threads import Clock
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ class Outputs:
                 stack.enter_context(self.side)
                 self.written.append(self.places.side)
             if self.intermediate:
-                self._motion = _Motion(stack.enter_context(_staged_folder(self.places.intermediate)))
+                self._motion = _Motion(stack.enter_context(staged_folder(self.places.intermediate)))
                 self.written.append(self.places.intermediate)
             stack.enter_context(self.result)
             self._stack = stack.pop_all()
@@ -203,15 +202,3 @@ def _beside(image: np.ndarray, mask: np.ndarray, result: np.ndarray) -> np.ndarr
     tinted = image.copy()
     tinted[mask] = np.array(HOLE, image.dtype) * (257 if image.dtype == np.uint16 else 1)
     return np.concatenate([tinted, result], axis=1)
-
-
-@contextmanager
-def _staged_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``path`` if the block ends well."""
-    temporary = temporary_name(path)
-    try:
-        temporary.mkdir()
-        yield temporary
-        publish_folder(temporary, path)
-    finally:
-        remove(temporary)

@@ -5,8 +5,6 @@ for each, in the published format. The same photos, options and seed give the sa
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 from gi_model.errors import InputError
@@ -49,16 +47,9 @@ def run(options: argparse.Namespace) -> int:
     if count < 1:
         raise InputError(f"--count: expected at least 1, got {count}")
     folder = Path(options.output)
-    if folder.exists():
-        raise InputError(f"-o: {folder} exists; name a new folder")
     if not folder.absolute().parent.is_dir():
         raise InputError(f"-o: the folder {folder.absolute().parent} does not exist")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        for _ in progress(make_validation(photos, temporary, count), count, "making"):
-            pass
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    for _ in progress(make_validation(photos, folder, count), count, "making"):
+        pass
     print(f"wrote {count} samples with {options.references} references each to {folder}")
     return 0

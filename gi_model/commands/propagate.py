@@ -165,7 +165,8 @@ def run(options: argparse.Namespace) -> int:
     """``gi-model propagate``."""
     from gi_model.commands._outputs import Outputs, Places
     from gi_model.propagation.finished import Journal
-    from gi_model.video import aligned, read_ahead, remove_leftovers, write_behind
+    from gi_model.staging import remove_leftovers
+    from gi_model.video import aligned, read_ahead, write_behind
     from gi_model.video.threads import Clock
 
     for name in ("radius", "pictures"):

@@ -10,12 +10,15 @@ import numpy as np
 
 from gi_model.data.photos import PATIENCE, Photos, read_photo
 from gi_model.errors import InputError
+from gi_model.staging import staged_folder
 
 LIST = "filelist.txt"
 
 
 def make_validation(photos: Photos, folder: Path, count: int) -> Iterator[int]:
-    """Write ``count`` samples into ``folder``, which is made; yield the number of each when it is written.
+    """Write ``count`` samples into ``folder``; yield the number of each when it is written.
+
+    The folder appears under its name when it is whole.
 
     Per sample ``image_XXXXXX.png``, ``image_XXXXXX_mask.png``, and per reference
     ``image_XXXXXX_src_YYYYYY.png`` and ``image_XXXXXX_src_YYYYYY_m.png``; masks are 255 where pixels are
@@ -24,11 +27,16 @@ def make_validation(photos: Photos, folder: Path, count: int) -> Iterator[int]:
 
     Raises:
         InputError: ``folder`` exists, or too few photos can be read.
-        OSError: what the file system answers; the folder is then left as far as it was written.
+        OSError: what the file system answers.
     """
     if folder.exists():
         raise InputError(f"-o: {folder} exists; name a new folder")
-    folder.mkdir()
+    with staged_folder(folder) as temporary:
+        yield from _written(photos, temporary, count)
+
+
+def _written(photos: Photos, folder: Path, count: int) -> Iterator[int]:
+    """:func:`make_validation` into a folder that is there."""
     names: list[str] = []
     failures = 0
     photo_index = 0

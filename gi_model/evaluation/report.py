@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gi_model.evaluation.journal import replacing
 from gi_model.evaluation.scores import TOTAL, Scores, published_names
+from gi_model.staging import staged
 
 
 @dataclass
@@ -68,17 +68,15 @@ def write_csv(path: Path, results: list[Result]) -> None:
     for result in results:
         for scores in result.scores.values():
             columns |= dict.fromkeys(_columns(scores))
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        titles = [f"{score}_{statistic}" for score, statistic in columns]
-        writer.writerow(["data_set", "references", "evaluator", "masked", "images", *titles])
-        for result in results:
-            for evaluator, scores in result.scores.items():
-                for group in _groups(result):
-                    values = [scores.get(s, {}).get(group, {}).get(statistic) for s, statistic in columns]
-                    cells = ["" if v is None or math.isnan(v) else repr(v) for v in values]
-                    row = [result.key, result.references, evaluator, group, result.images[group]]
-                    writer.writerow([*row, *cells])
+    titles = [f"{score}_{statistic}" for score, statistic in columns]
+    rows: list[list[Any]] = [["data_set", "references", "evaluator", "masked", "images", *titles]]
+    for result in results:
+        for evaluator, scores in result.scores.items():
+            for group in _groups(result):
+                values = [scores.get(s, {}).get(group, {}).get(statistic) for s, statistic in columns]
+                row = [result.key, result.references, evaluator, group, result.images[group]]
+                rows.append([*row, *(cell(value) for value in values)])
+    write_rows(path, rows)
 
 
 def write_json(
@@ -99,8 +97,24 @@ def write_json(
             for name, value in published_names(scores, evaluator, result.key).items()
         },
     }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(plain(tree), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_tree(path, tree)
+
+
+def write_rows(path: Path, rows: list[list[Any]]) -> None:
+    """A CSV file."""
+    with staged(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def cell(value: float | None) -> str:
+    """All digits of a number in a CSV file; empty where there is none."""
+    return "" if value is None or math.isnan(value) else repr(value)
+
+
+def write_tree(path: Path, tree: Mapping[str, Any]) -> None:
+    """A JSON file; undefined numbers are null, infinite ones ``"inf"`` and ``"-inf"``."""
+    with staged(path) as temporary:
+        temporary.write_text(json.dumps(_plain(tree), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _columns(scores: Scores) -> list[tuple[str, str]]:
@@ -118,12 +132,12 @@ def _last_bin(result: Result, group: str) -> bool:
     return len(groups) > 1 and group == groups[-2]
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """``value`` with what JSON has no numbers for replaced."""
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
     return value

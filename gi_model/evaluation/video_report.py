@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,8 +15,7 @@ from rich.table import Table
 
 from gi_model.evaluation.devil import PER_VIDEO
 from gi_model.evaluation.frechet import frechet_distance
-from gi_model.evaluation.journal import replacing
-from gi_model.evaluation.report import plain
+from gi_model.evaluation.report import cell, write_rows, write_tree
 from gi_model.evaluation.splits import Video
 
 FRECHET = ("fid", "vfid")
@@ -99,14 +96,14 @@ def write_results(folder: Path, splits: list[Split], not_computed: Mapping[str, 
     rows: list[list[Any]] = [["split", "video", "frames", *PER_VIDEO]]
     for split in splits:
         for name, scores in split.videos.items():
-            rows.append([split.name, name, int(scores["frames"]), *(_cell(scores, s) for s in PER_VIDEO)])
-    _write_csv(folder / "videos.csv", rows)
+            rows.append([split.name, name, int(scores["frames"]), *(cell(scores.get(s)) for s in PER_VIDEO)])
+    write_rows(folder / "videos.csv", rows)
     titles = [title for s in PER_VIDEO for title in (f"{s}_mean", f"{s}_standard_error")]
     rows = [["split", "videos", *titles, *FRECHET]]
     for split in splits:
-        cells = [_cell(part, s) for s in PER_VIDEO for part in (split.mean, split.error)]
-        rows.append([split.name, len(split.videos), *cells, *(_cell(split.distances, s) for s in FRECHET)])
-    _write_csv(folder / "splits.csv", rows)
+        cells = [cell(part.get(s)) for s in PER_VIDEO for part in (split.mean, split.error)]
+        rows.append([split.name, len(split.videos), *cells, *(cell(split.distances.get(s)) for s in FRECHET)])
+    write_rows(folder / "splits.csv", rows)
     tree = {
         "not_computed": not_computed,
         "flow_of_warp_errors": "DIS",
@@ -117,18 +114,7 @@ def write_results(folder: Path, splits: list[Split], not_computed: Mapping[str, 
             for s in splits
         },
     }  # fmt: skip
-    with replacing(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(plain(tree), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _write_csv(path: Path, rows: list[list[Any]]) -> None:
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-
-
-def _cell(scores: Mapping[str, float], name: str) -> str:
-    value = scores.get(name, math.nan)
-    return "" if math.isnan(value) else repr(value)
+    write_tree(folder / "results.json", tree)
 
 
 def _with_error(value: float, error: float) -> str:

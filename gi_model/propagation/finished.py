@@ -70,7 +70,7 @@ class Journal:
                 self._compare(signature)
             else:
                 _empty(folder)
-            self.found = sum(1 for _ in folder.glob("*.npz"))
+            self.found = len(self)
             _write(folder / SIGNATURE, json.dumps(dict(signature), indent=1).encode())
         except BaseException:
             self.close(keep=not made)

@@ -9,7 +9,6 @@ from gi_model.video.davis import Sequence, davis_sequence
 from gi_model.video.images import to_8_bit, write_image
 from gi_model.video.masks import MaskSource, aligned
 from gi_model.video.reading import DEFAULT_RATE, FrameSource
-from gi_model.video.staging import remove_leftovers, staged, temporary_name
 from gi_model.video.threads import read_ahead, write_behind
 from gi_model.video.writing import CODECS, VIDEOS, FrameWriter
 
@@ -25,9 +24,6 @@ __all__ = [
     "aligned",
     "davis_sequence",
     "read_ahead",
-    "remove_leftovers",
-    "staged",
-    "temporary_name",
     "to_8_bit",
     "write_behind",
     "write_image",

@@ -14,11 +14,11 @@ import av
 import numpy as np
 
 from gi_model.errors import InputError
+from gi_model.staging import publish_folder, remove, temporary_name
 from gi_model.video.colour import UNSAID, Colour, from_rgb
 from gi_model.video.images import write_image
 from gi_model.video.reading import DEFAULT_RATE
 from gi_model.video.sound import Sound
-from gi_model.video.staging import publish_folder, remove, temporary_name
 
 # The number of threads is fixed: with some encoders the bits depend on it.
 THREADS = 4

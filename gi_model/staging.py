@@ -21,6 +21,18 @@ def staged(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that takes its place if the block ends well."""
+    temporary = temporary_name(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        publish_folder(temporary, path)
+    finally:
+        remove(temporary)
+
+
 def temporary_name(path: Path) -> Path:
     """A hidden name beside ``path``, of the same suffix, that no other process uses."""
     return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
