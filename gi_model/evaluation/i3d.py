@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gi_kernels.nn import check_inputs
-from gi_model.checkpoints import load_checkpoint
-from gi_model.errors import InputError
-from gi_model.published import Names, identical, load_published
+from gi_model.evaluation.networks import with_weights
+from gi_model.published import Names, identical
 
 FEATURES = 1024
 CLIP = 10  # frames that PVCS compares at once
@@ -50,16 +49,7 @@ def i3d(weights: str | os.PathLike[str]) -> I3D:
     Raises:
         InputError: the file cannot be read or does not fit.
     """
-    network = I3D()
-    state = {name: t for name, t in load_checkpoint(weights).items() if not name.startswith("logits.")}
-    for name, tensor in network.state_dict().items():
-        if name.endswith("num_batches_tracked"):  # older files have no counters; they change nothing
-            state.setdefault(name, tensor)
-    try:
-        load_published(network, state)
-    except InputError as error:
-        raise InputError(f"weights: {os.fspath(weights)}: {error}") from error
-    return network
+    return with_weights(I3D(), weights, unused="logits.")
 
 
 class I3D(nn.Module):
