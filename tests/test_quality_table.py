@@ -14,24 +14,11 @@ pytest.importorskip("av", reason="the [video] extra is not installed")
 # After the installed package, which is what is tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from moving_scene import H, W, centre, scene  # noqa: E402
+
 from benchmarks import clips, quality  # noqa: E402
 from benchmarks import masks as kinds  # noqa: E402
 from benchmarks.classical import BASELINES, one_step, temporal_median  # noqa: E402
-
-H, W, COUNT = 64, 96, 5
-
-
-def scene(step: int = 2) -> list[np.ndarray]:
-    """A textured plane seen by a camera that moves ``step`` pixels per frame to the right."""
-    noise = np.random.default_rng(0).integers(40, 200, (H // 4, W // 2, 3)).astype(np.uint8)
-    plane = cv2.GaussianBlur(cv2.resize(noise, (2 * W, H), interpolation=cv2.INTER_CUBIC), (0, 0), 1.5)
-    return [np.ascontiguousarray(plane[:, step * i : step * i + W]) for i in range(COUNT)]
-
-
-def centre() -> list[np.ndarray]:
-    mask = np.zeros((H, W), bool)
-    mask[20:44, 30:60] = True
-    return [mask] * COUNT
 
 
 @pytest.mark.parametrize("kind", kinds.KINDS)

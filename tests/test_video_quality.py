@@ -8,26 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-cv2 = pytest.importorskip("cv2", reason="the [video] extra is not installed")
+pytest.importorskip("cv2", reason="the [video] extra is not installed")
 pytest.importorskip("av", reason="the [video] extra is not installed")
 
-from gi_model.evaluation.lpips import LPIPS  # noqa: E402
-from gi_model.evaluation.video import MARGIN, flicker, masked_lpips, motion, warp_error  # noqa: E402
+from moving_scene import COUNT, H, W, centre, scene
 
-H, W, COUNT = 64, 96, 5
-
-
-def scene(step: int = 2) -> list[np.ndarray]:
-    """A textured plane seen by a camera that moves ``step`` pixels per frame to the right."""
-    noise = np.random.default_rng(0).integers(40, 200, (H // 4, W // 2, 3)).astype(np.uint8)
-    plane = cv2.GaussianBlur(cv2.resize(noise, (2 * W, H), interpolation=cv2.INTER_CUBIC), (0, 0), 1.5)
-    return [np.ascontiguousarray(plane[:, step * i : step * i + W]) for i in range(COUNT)]
-
-
-def centre() -> list[np.ndarray]:
-    mask = np.zeros((H, W), bool)
-    mask[20:44, 30:60] = True
-    return [mask] * COUNT
+from gi_model.evaluation.lpips import LPIPS
+from gi_model.evaluation.video import MARGIN, flicker, masked_lpips, motion, warp_error
 
 
 def brighter(frames: list[np.ndarray], masks: list[np.ndarray], levels: list[int]) -> list[np.ndarray]:
