@@ -28,7 +28,6 @@ from gi_kernels.ops.deformable_aggregation import deformable_aggregation
 from gi_kernels.ops.global_attention import global_attention
 from gi_kernels.ops.pixel_projection import pixel_projection
 from gi_kernels.ops.projected_aggregation import projected_aggregation
-from gi_kernels.ops.window_pool import window_pool
 from gi_kernels.ops.window_pool.reference import join_windows, split_windows
 from gi_kernels.ops.window_query import window_query
 from gi_kernels.ops.window_spread import window_spread
@@ -213,8 +212,7 @@ class WindowRead(nn.Module):
             ("features", features, f"B {dim} H W"),
         )
         checks.nonempty("features", features, 2, 3)
-        on_cpu = features.device.type == "cpu"
-        pooled = self._pool_by_queries(features) if on_cpu else self._pool_by_logits(features)  # [B,L,h,C]
+        pooled = self._pool(features)  # [B,L,h,C]
         # Values are projected per window: the softmax weights sum to one, so the bias is just added.
         weight, bias = self.to_values.weight.flatten(1), self.to_values.bias
         read = linear(pooled.flatten(2), weight, bias, groups=self.heads)
@@ -224,16 +222,11 @@ class WindowRead(nn.Module):
             return latents
         return latents, self._attention(features)
 
-    def _pool_by_logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Features [B,C,H,W] -> [B,L,h,C], pooled by the softmax of logits: GPUs have kernels for it."""
-        logits = self._logits(features)
-        return window_pool(logits, resize(features, grid_size(features, self.side)), (self.side, self.side))
-
-    def _pool_by_queries(self, features: torch.Tensor) -> torch.Tensor:
-        """The same without logits in memory: a linear map commutes with resizing."""
+    def _pool(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [B,C,H,W] -> [B,L,h,C], pooled by the softmax of logits, which commute with resizing."""
         size = grid_size(features, self.side)
         if features.shape[2:] != size:
-            features = resize(relayout(features, torch.channels_last), size)
+            features = resize(_in_working_layout(features), size)
         queries = self.to_logits.weight.flatten(1)
         if torch.is_grad_enabled():
             # Ties the bias to the graph, which has no effect within a window: it gets a zero gradient,
@@ -242,12 +235,10 @@ class WindowRead(nn.Module):
             queries = torch.where(chosen, queries, self.to_logits.bias[:, None])
         return window_query(features, queries, (self.side, self.side))
 
-    def _logits(self, features: torch.Tensor) -> torch.Tensor:
-        return resize(self.to_logits(features), grid_size(features, self.side))
-
     def _attention(self, features: torch.Tensor) -> torch.Tensor:
         """The softmax maps."""
-        logits, windows = self._logits(features), (self.side, self.side)
+        logits = resize(self.to_logits(features), grid_size(features, self.side))
+        windows = (self.side, self.side)
         attention = split_windows(logits, windows).to(accumulation_dtype(logits.dtype)).softmax(dim=3)
         return join_windows(attention.to(logits.dtype), windows, logits.shape[2:])
 

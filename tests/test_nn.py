@@ -557,13 +557,19 @@ def test_return_attention(case, backend):
 
 @each(READ)
 def test_a_read_pools_alike_by_queries_and_by_logits(case, backend):
-    """CPUs go one way, GPUs the other: the same numbers, and the same gradients but for the logits' bias."""
+    """The same numbers, and the same gradients but for the logits' bias."""
     layer, (_, features) = case.make()
     weight, bias = layer.to_logits.weight, layer.to_logits.bias
     sources = (features.requires_grad_(), weight, bias)
     found = {}
-    for way in ("queries", "logits"):
-        pooled = getattr(layer, f"_pool_by_{way}")(features)
+
+    def by_logits(features):
+        size, windows = nn.grid_size(features, layer.side), (layer.side, layer.side)
+        logits = nn.resize(layer.to_logits(features), size)
+        return gi_kernels.window_pool(logits, nn.resize(features, size), windows)
+
+    for way, pool in (("queries", layer._pool), ("logits", by_logits)):
+        pooled = pool(features)
         gradients = torch.autograd.grad(pooled.sin().sum(), sources)
         found[way] = dict(zip(("features", "weight", "bias"), gradients, strict=True), pooled=pooled)
     assert torch.equal(found["queries"].pop("bias"), torch.zeros_like(bias))
