@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,8 +26,6 @@ from gi_model.propagation.sampling import (
 )
 from gi_model.propagation.stages import Stages
 from gi_model.propagation.stream import Stream
-
-F = TypeVar("F")
 
 # Width of the ring around a hole by which candidates are judged, as a share of the shorter side.
 RING = 0.04
@@ -292,25 +289,6 @@ def _recoverable(index: int, links: list[Link], lost: np.ndarray, least: float) 
         if shows and max(shows) > least:
             found.append(distant[int(np.argmax(shows))].index)
     return found
-
-
-def windows(frames: Iterable[F], radius: int) -> Iterator[tuple[deque[F], int]]:
-    """For each frame in order, a window that reaches ``radius`` frames back and ahead, and its place in it.
-
-    The window is the same one all the time: it lasts until the next is asked for.
-    """
-    window: deque[F] = deque()
-    centre = 0
-    for frame in frames:
-        window.append(frame)
-        if len(window) - centre > radius:
-            yield window, centre
-            centre += 1
-        if centre > radius:
-            window.popleft()
-            centre -= 1
-    for index in range(centre, len(window)):
-        yield window, index
 
 
 def with_masks(

@@ -16,9 +16,9 @@ from gi_model.errors import InputError
 from gi_model.flow import DISFlow, FlowEstimator, Stage
 from gi_model.generator import CrossingGenerator
 from gi_model.propagation.cuts import Thumbnail, same_scene, thumbnail
-from gi_model.propagation.engine import inpaint_frame, windows, with_masks
+from gi_model.propagation.engine import inpaint_frame, with_masks
 from gi_model.propagation.finished import Finished
-from gi_model.propagation.fusion import rim_correction
+from gi_model.propagation.fusion import RIM, rim_correction
 from gi_model.propagation.membrane import membrane
 from gi_model.propagation.neighbours import dilate
 from gi_model.propagation.policy import Policy, VisibilityPolicy
@@ -31,8 +31,6 @@ from gi_model.references import References
 OVERVIEW = 96
 # Forward-backward error, in pixels of that size, at which a frame counts half as showing a place.
 LOOSE = 1.0
-# Pixels around a hole that its filling is matched to.
-RIM = 4
 
 
 class LearnedPropagator:
@@ -135,7 +133,7 @@ class LearnedPropagator:
         self.encoded.clear()
         read = self.stages.iterate("read", with_masks(frames, masks))
         prepared = (_Frame(index, image, mask) for index, (image, mask) in enumerate(read))
-        for window, centre in windows(prepared, self.radius):
+        for window, centre in _windows(prepared, self.radius):
             index = window[centre].index
             result = finished.get(index) if finished is not None else None
             if result is None:
@@ -371,6 +369,25 @@ def _shared(box: Box, tile: Tile) -> tuple[Box, Box]:
         for origin in (box, tile.box)
     )
     return (here[0], here[1]), (there[0], there[1])
+
+
+def _windows(frames: Iterable[_Frame], radius: int) -> Iterator[tuple[deque[_Frame], int]]:
+    """For each frame in order, a window that reaches ``radius`` frames back and ahead, and its place in it.
+
+    The window is the same one all the time: it lasts until the next is asked for.
+    """
+    window: deque[_Frame] = deque()
+    centre = 0
+    for frame in frames:
+        window.append(frame)
+        if len(window) - centre > radius:
+            yield window, centre
+            centre += 1
+        if centre > radius:
+            window.popleft()
+            centre -= 1
+    for index in range(centre, len(window)):
+        yield window, index
 
 
 def load_propagator(
