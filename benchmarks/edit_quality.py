@@ -19,6 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from gi_model.evaluation.video import flicker
 from gi_model.propagation import EditPropagator
 from gi_model.staging import staged
 from gi_model.video import FrameSource, write_image
@@ -81,6 +82,7 @@ def measure(name: str, output: Path) -> list[dict]:
                 "psnr": errors,
                 "unedited": float(np.nanmean(untouched)),
                 "beside": float(np.nanmin(beside)),
+                "flicker": flicker(results, case.truth, case.masks),
             }
         )
         if len(keys) == 1:
@@ -97,15 +99,16 @@ def report(rows: Sequence[dict]) -> str:
         "",
         "Made by `python -m benchmarks.edit_quality`. PSNR in dB inside the edit, by frames from the first "
         "keyframe; `hidden` where nothing of it is seen. `beside`: the worst frame outside the edit, against "
-        "the original. The plane and the clip are those that margins were chosen on: no independent "
-        "evidence.",
+        "the original. `flicker`: how much the error changes from frame to frame, in levels of 8 bits. The "
+        "plane and the clip are those that margins were chosen on: no independent evidence.",
         "",
-        "| case | keyframes | " + " | ".join(map(str, DISTANCES)) + " | median | unedited | beside |",
-        "|---|---|" + "---:|" * (len(DISTANCES) + 3),
+        f"| case | keyframes | {' | '.join(map(str, DISTANCES))} | median | unedited | beside | flicker |",
+        "|---|---|" + "---:|" * (len(DISTANCES) + 4),
     ]
     for row in rows:
         cells = [_decibel(row["psnr"][d]) for d in DISTANCES]
         cells += [_decibel(v) for v in (np.nanmedian(row["psnr"]), row["unedited"], row["beside"])]
+        cells += [f"{row['flicker']:.2f}"]
         lines.append(
             f"| {row['case']} | {', '.join(map(str, row['keyframes']))} | " + " | ".join(cells) + " |"
         )

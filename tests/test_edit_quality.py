@@ -29,9 +29,12 @@ def test_psnr_is_that_inside_the_mask():
 
 def test_the_table():
     row = {"case": "pan", "keyframes": (0,), "psnr": [99.0, *[31.25] * 59], "unedited": 6.0, "beside": 50.0}
+    row["flicker"] = 0.5
     row["psnr"][20] = float("nan")
     lines = edit_quality.report([row]).splitlines()
-    assert "| pan | 0 | 31.2 | 31.2 | 31.2 | hidden | 31.2 | 31.2 | 31.2 | 31.2 | 6.0 | 50.0 |" in lines
+    assert (
+        "| pan | 0 | 31.2 | 31.2 | 31.2 | hidden | 31.2 | 31.2 | 31.2 | 31.2 | 6.0 | 50.0 | 0.50 |" in lines
+    )
 
 
 def test_the_camera_of_the_plane_moves_smoothly():
