@@ -22,6 +22,7 @@ SPECS = all_specs()
 COMPILED = [n for n in SPECS if n in jit.IMPLEMENTATIONS]
 #: Kernels whose products must be done by matrix instructions.
 MULTIPLYING = {
+    "correlation_lookup": {"products"},
     "global_attention": {"forward", "backward_query", "backward_segment"},
     "window_pool": {"gather", "spread", "dots"},
     "window_spread": {"gather", "spread", "dots"},

@@ -70,6 +70,11 @@ MUTANTS = (
         "correlation_lookup",
     ),
     Mutant(
+        "the box around the patches ends early", "ops.correlation_lookup.triton",
+        "tl.max(tl.where(reaches, top + N, 0), 0), H)", "tl.max(tl.where(reaches, top + N - 1, 0), 0), H)",
+        "correlation_lookup", ("on_demand_part",),
+    ),
+    Mutant(
         "components exchanged", "ops.complete_flow.triton", "sum_v += weight * widen(tl.load(there + fsc",
         "sum_v += weight * widen(tl.load(there", "complete_flow",
     ),

@@ -63,6 +63,7 @@ SPEC = OperatorSpec(
         _sample("on_demand_vanishing", (1, 3, 3, 4), (3, 5), "on_demand", levels=5, radius=1),
         _sample("dense_far", (1, 3, 6, 7), (6, 5), "dense", levels=3, radius=3, scale=15.0),
         _sample("on_demand_far", (1, 3, 6, 7), (6, 5), "on_demand", levels=3, radius=3, scale=15.0),
+        _sample("on_demand_part", (1, 3, 9, 10), (20, 22), "on_demand", levels=1, radius=1, scale=1.0),
         _sample("dense_one_pixel", (1, 1, 1, 1), (1, 1), "dense", levels=1, radius=1, scale=0.5),
         _sample("on_demand_one_pixel", (1, 1, 1, 1), (1, 1), "on_demand", levels=1, radius=1, scale=0.5),
         _sample("auto", (1, 4, 3, 3), (5, 4), "auto", levels=2, radius=1),

@@ -4,7 +4,8 @@ The samples of a window share one fractional part, so each reads the four whole 
 backward pass a volume's number is read by at most four samples of its own pixel's window: it gathers them.
 
 On demand, a pixel's products with the patch of (2r+2)^2 whole pixels are kept for a moment, a few hundred
-numbers, and the window is blended from them.
+numbers, and the window is blended from them. A tile of pixels is multiplied with the box around its patches
+by the matrix units: what is smooth shares nearly all of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton.language as tl
 
 from gi_kernels import jit
 from gi_kernels.jit.along_flow import LANGUAGE_INTEGERS, ordered
-from gi_kernels.jit.device import blend, narrow, slope, widen
+from gi_kernels.jit.device import blend, narrow, product, slope, widen
 from gi_kernels.jit.launch import index_type, launch, sums
 from gi_kernels.precision import accumulation_dtype
 
@@ -26,6 +27,10 @@ TILE = 8192 if jit.INTERPRETED else 2048
 #: With more pixels in a tile, Triton 3.7 fails to compile the lookup in float64.
 MOST_PIXELS = 256 if jit.INTERPRETED else 16
 BLOCK = 256
+#: Products on demand: side of a tile of pixels, whose patches overlap where the flow is smooth, and how many
+#: pixels of the box around these are multiplied with it at a time.
+TILE_SIDE = 8
+COLUMNS = 256 if jit.INTERPRETED else 64
 
 
 def correlation_lookup(volumes: Sequence[torch.Tensor], coords: torch.Tensor, radius: int) -> torch.Tensor:
@@ -159,12 +164,13 @@ def _patches(
 ) -> torch.Tensor:
     """Products [B*H1*W1,levels,(2r+2)^2] with the whole pixels around each position; rows move y."""
     B, C, H1, W1 = features1.shape
-    patches = coords.new_empty(B * H1 * W1, len(features2), (2 * radius + 2) ** 2)
-    options, _ = _options(features2, coords, radius, features1, side=2 * radius + 2)
-    del options["P"]
+    patches = coords.new_zeros(B * H1 * W1, len(features2), (2 * radius + 2) ** 2)
+    tiles = triton.cdiv(H1, TILE_SIDE) * triton.cdiv(W1, TILE_SIDE)
     launch(
-        _products, B * H1 * W1, features1, tuple(features2), coords, patches, H1 * W1, W1, C,
-        *features1.stride(), *_sizes(features2), CB=_channels(C), **options,
+        _products, B * tiles * len(features2), features1, tuple(features2), coords, patches, H1, W1, C,
+        *features1.stride(), *_sizes(features2), LEVELS=len(features2), RADIUS=radius, SIDE=TILE_SIDE,
+        K=COLUMNS, CB=min(32, max(16, triton.next_power_of_2(C))), ACC=sums(features1),
+        INDEX=index_type(features1, *features2), num_warps=8,
     )  # fmt: skip
     return patches
 
@@ -335,33 +341,65 @@ def _gather_samples(
 
 @triton.jit
 def _products(
-    features1, features2, coords, patches, pixels, width, C, asb, asc, asy, asx, sizes, strides,
-    LEVELS: tl.constexpr, RADIUS: tl.constexpr, S: tl.constexpr, CB: tl.constexpr,
+    features1, features2, coords, patches, height, width, C, asb, asc, asy, asx, sizes, strides,
+    LEVELS: tl.constexpr, RADIUS: tl.constexpr, SIDE: tl.constexpr, K: tl.constexpr, CB: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    N: tl.constexpr = 2 * RADIUS + 2
-    i = tl.program_id(0).to(tl.int64)
-    b, p = i // pixels, i % pixels
-    s = tl.arange(0, S)
-    row = features1 + b * asb + (p // width) * asy + (p % width) * asx
-    scale = 1 / tl.sqrt(tl.cast(C, ACC))
+    """A tile of pixels at one level: the box around its patches, ``K`` pixels of it at a time.
+
+    Every pixel of the tile is multiplied with all of them, and keeps what lies in its own patch.
+    """
+    across, down = tl.cdiv(width, SIDE), tl.cdiv(height, SIDE)
+    own = tl.program_id(0) % LEVELS
+    tile = (tl.program_id(0) // LEVELS) % (across * down)
+    b = (tl.program_id(0) // LEVELS // (across * down)).to(tl.int64)
+    t = tl.arange(0, SIDE * SIDE)
+    px, py = tile % across * SIDE + t % SIDE, tile // across * SIDE + t // SIDE
+    there = (px < width) & (py < height)
+    row = features1 + b * asb + py.to(INDEX) * asy + px.to(INDEX) * asx
+    i = (b * height + py) * width + px
     for level in tl.static_range(LEVELS):
-        H, W = sizes[2 * level], sizes[2 * level + 1]
-        reaches, x0, y0, _, _ = _centre(coords, b, p, pixels, H, W, b >= 0, level, RADIUS, ACC)
-        x, y = x0 - RADIUS + s % N, y0 - RADIUS + s // N
-        inside = reaches & (s < N * N) & (x >= 0) & (x < W) & (y >= 0) & (y < H)
-        other = y.to(INDEX) * strides[4 * level + 2] + x.to(INDEX) * strides[4 * level + 3]
-        total = tl.zeros([S, CB], ACC)
+        if own == level:
+            _products_of_level(
+                row, features2[level] + b * strides[4 * level], coords, patches, b, i, there, C, asc,
+                height * width, sizes[2 * level], sizes[2 * level + 1],
+                strides[4 * level + 1], strides[4 * level + 2], strides[4 * level + 3],
+                level, LEVELS, RADIUS, SIDE, K, CB, ACC, INDEX,
+            )  # fmt: skip
+
+
+@triton.jit
+def _products_of_level(
+    row, other, coords, patches, b, i, there, C, asc, pixels, H, W, bsc, bsy, bsx,
+    LEVEL: tl.constexpr, LEVELS: tl.constexpr, RADIUS: tl.constexpr, SIDE: tl.constexpr, K: tl.constexpr,
+    CB: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    N: tl.constexpr = 2 * RADIUS + 2
+    reaches, x0, y0, _, _ = _centre(coords, b, i - b * pixels, pixels, H, W, there, LEVEL, RADIUS, ACC)
+    left, top = x0 - RADIUS, y0 - RADIUS
+    x_begin = tl.maximum(tl.min(tl.where(reaches, left, W), 0), 0)
+    y_begin = tl.maximum(tl.min(tl.where(reaches, top, H), 0), 0)
+    x_end = tl.minimum(tl.max(tl.where(reaches, left + N, 0), 0), W)
+    y_end = tl.minimum(tl.max(tl.where(reaches, top + N, 0), 0), H)
+    wide = tl.maximum(x_end - x_begin, 1)  # nothing is divided by zero, nor read, in an empty box
+    count = tl.maximum(x_end - x_begin, 0) * tl.maximum(y_end - y_begin, 0)
+    to = patches + (i * LEVELS + LEVEL) * (N * N)
+    scale = 1 / tl.sqrt(tl.cast(C, ACC))
+    for start in range(0, count, K):
+        k = start + tl.arange(0, K)
+        x, y = x_begin + k % wide, y_begin + k // wide
+        column = other + y.to(INDEX) * bsy + x.to(INDEX) * bsx
+        total = tl.zeros([SIDE * SIDE, K], ACC)
         for c0 in range(0, C, CB):
-            c = (c0 + tl.arange(0, CB)).to(INDEX)
-            own = widen(tl.load(row + c * asc, mask=c < C, other=0.0), ACC)
-            address = features2[level] + b * strides[4 * level] + other[:, None]
-            address += (c * strides[4 * level + 1])[None, :]
-            mask = inside[:, None] & (c < C)[None, :]
-            pixel = widen(tl.load(address, mask=mask, other=0.0), ACC)
-            total += tl.where(mask, pixel * own[None, :], 0.0)
-        to = patches + (i * LEVELS + level) * (N * N) + s
-        tl.store(to, tl.sum(total, axis=1) * scale, mask=s < N * N)
+            c = c0 + tl.arange(0, CB)
+            of_own = row[:, None] + (c.to(INDEX) * asc)[None, :]
+            of_other = column[None, :] + (c.to(INDEX) * bsc)[:, None]
+            mine = tl.load(of_own, mask=reaches[:, None] & (c < C)[None, :], other=0.0)
+            read = tl.load(of_other, mask=(k < count)[None, :] & (c < C)[:, None], other=0.0)
+            total = product(widen(mine, ACC), widen(read, ACC), total, other.dtype.element_ty)
+        dx, dy = x[None, :] - left[:, None], y[None, :] - top[:, None]
+        keeps = reaches[:, None] & (k < count)[None, :] & (dx >= 0) & (dx < N) & (dy >= 0) & (dy < N)
+        tl.store(to[:, None] + dy * N + dx, total * scale, mask=keeps)
 
 
 @triton.jit
