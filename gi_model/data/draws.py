@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,33 @@ class Draw(NamedTuple):
 
     number: int
     photo: int
+
+
+class Batches(Sampler[list[Draw]]):
+    """The batches of one process, from one epoch into the next without end.
+
+    The last batch of an epoch may be small.
+
+    Args:
+        draws: of this process.
+        size: of a batch.
+        epoch, number: of the first batch.
+    """
+
+    def __init__(self, draws: Draws, size: int, epoch: int = 0, number: int = 0) -> None:
+        if size < 1:
+            raise InputError(f"batch_size: expected at least 1, got {size}")
+        self.draws, self.size, self.epoch, self.number = draws, size, epoch, number
+        self.per_epoch = -(-len(draws) // size)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        epoch, number = self.epoch, self.number
+        while True:
+            self.draws.set_epoch(epoch, min(number * self.size, len(self.draws)))
+            draws = iter(self.draws)
+            while batch := list(islice(draws, self.size)):
+                yield batch
+            epoch, number = epoch + 1, 0
 
 
 class Draws(Sampler[Draw]):

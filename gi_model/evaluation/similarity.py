@@ -30,6 +30,11 @@ def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004.
     """
+    return ssim_map(images, others).mean(dim=(1, 2, 3))
+
+
+def ssim_map(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The index of :func:`ssim` at each pixel and channel, ``[B,C,H,W]``; arguments and errors as there."""
     _check(images, others)
     channels = images.shape[1]
     weights = _window(images)
@@ -42,7 +47,7 @@ def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     m, n = mean(images), mean(others)
     v, w = mean(images * images) - m * m, mean(others * others) - n * n
     c = mean(images * others) - m * n
-    return ((2 * m * n + C1) * (2 * c + C2) / ((m * m + n * n + C1) * (v + w + C2))).mean(dim=(1, 2, 3))
+    return (2 * m * n + C1) * (2 * c + C2) / ((m * m + n * n + C1) * (v + w + C2))
 
 
 def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,7 +83,7 @@ class Step(nn.Module):
 
     def predict(self, batch: Batch) -> torch.Tensor:
         """``[B,3,H,W]`` in [0, 1]."""
-        return self.generator(batch.input, batch.references, flows=batch.flows, flow_errs=batch.errors)
+        return filled(self.generator, batch)
 
     def generator_pass(self, batch: Batch) -> tuple[torch.Tensor, Terms]:
         """The generator's loss, whose gradients reach nothing else, and its terms."""
@@ -113,6 +114,8 @@ class Alternation:
         schedule: number of steps done -> factor of the optimizers' own learning rates.
         accumulate: batches per step.
         backward: called with a loss, in place of ``loss.backward()``.
+        inspect: called with 0 or 1, for generator or discriminator, and the terms of that pass, before
+            they are learnt from; it may raise.
     """
 
     def __init__(
@@ -122,8 +125,10 @@ class Alternation:
         schedule: Callable[[int], float],
         accumulate: int = 1,
         backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+        inspect: Callable[[int, Terms], None] = lambda which, terms: None,
     ) -> None:
-        self.step, self.optimizers, self.accumulate, self.backward = step, optimizers, accumulate, backward
+        self.step, self.optimizers, self.accumulate = step, optimizers, accumulate
+        self.backward, self.inspect = backward, inspect
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
         self.global_step = 0
 
@@ -131,8 +136,10 @@ class Alternation:
         """Both passes of batch ``number`` of an epoch, the ``last`` one or not; their terms."""
         stepping = last or (number + 1) % self.accumulate == 0
         loss, generator_terms = self.step.generator_pass(batch)
+        self.inspect(0, generator_terms)
         self._learn(0, loss, number, stepping)
         loss, discriminator_terms = self.step.discriminator_pass(batch)
+        self.inspect(1, discriminator_terms)
         self._learn(1, loss, number, stepping)
         if stepping:
             for schedule in self.schedules:
@@ -148,6 +155,11 @@ class Alternation:
         self.backward(loss / self.accumulate)
         if stepping:
             optimizer.step()
+
+
+def filled(generator: nn.Module, batch: Batch, **options: Any) -> Any:
+    """What a generator makes of a batch: ``[B,3,H,W]`` in [0, 1]; ``options`` are its own."""
+    return generator(batch.input, batch.references, flows=batch.flows, flow_errs=batch.errors, **options)
 
 
 @contextmanager

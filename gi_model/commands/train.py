@@ -1,0 +1,185 @@
+"""Train a generator. The run is described by a YAML file, ours or as published, and by key.sub=value, which
+come last and win. Its folder, logs/<date>_<name>, holds the configuration, checkpoints (last.ckpt and the
+best), and logs.
+
+Ctrl-C saves after the current step; gi-model train --resume FOLDER goes on with the same numbers, also after
+the process was killed. Several GPUs: --gpus 0,1, or torchrun --no-python gi-model train ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from gi_model.errors import InputError
+
+NAME = "train"
+SUMMARY = "train a generator on photos"
+EXTRA = "training"
+
+YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.usage = (
+        "gi-model train --config FILE [options] [key.sub=value ...]\n"
+        "       gi-model train --resume FOLDER [options] [key.sub=value ...]"
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="key.sub=value", help="replace what the files say; values are YAML")
+    run = parser.add_argument_group("the run")
+    run.add_argument("-c", "--config", metavar="FILE", help="a YAML file, ours or published")
+    run.add_argument(
+        "-b", "--base", nargs="*", default=[], metavar="FILE", help="YAML files, merged from left to right"
+    )
+    run.add_argument("-n", "--name", help="of the run's folder (default: of the configuration)")
+    run.add_argument("-f", "--postfix", default="", help="appended to the folder's name")
+    run.add_argument("-l", "--logdir", default="logs", metavar="DIR", help="holds the folders (default logs)")
+    run.add_argument(
+        "-r", "--resume", metavar="PATH", help="go on with a run: its folder, or a checkpoint in it"
+    )
+    run.add_argument("--resume_from_checkpoint", metavar="FILE", help="go on from it in a new folder")
+    run.add_argument("--weights", metavar="FILE", help="begin with weights, such as a released .ckpt")
+    run.add_argument("-s", "--seed", type=int, metavar="N", help="of all random numbers (default 23)")
+    run.add_argument("--steps", "--max_steps", type=int, metavar="N", help="stop after N steps")
+    run.add_argument("--epochs", "--max_epochs", type=int, metavar="N", help="stop after N epochs")
+    how = parser.add_argument_group("how")
+    how.add_argument("--no-perceptual", action="store_true", help="leave the perceptual term out")
+    how.add_argument(
+        "--perceptual-eval",
+        action="store_true",
+        help="keep the perceptual encoder in eval mode (published: its batch norms are in training mode)",
+    )
+    how.add_argument("--flow", choices=("raft", "dis", "none"), help="dis needs no weights")
+    how.add_argument("--flow-checkpoint", metavar="FILE", help="weights of RAFT, such as raft-things.pth")
+    how.add_argument("--ema", type=float, metavar="DECAY", help="validate an average of the generator")
+    how.add_argument(
+        "--accumulate", "--accumulate_grad_batches", type=int, metavar="N", help="batches per step"
+    )
+    how.add_argument("--precision", metavar="NAME", help="32-true (default, also 32) or bf16-mixed (bf16)")
+    how.add_argument("--compile", action="store_true", help="compile the generator with torch.compile")
+    how.add_argument("--backend", metavar="NAME", help="of the operators: auto (default), reference, ...")
+    how.add_argument("--gpus", metavar="0,1", help="indices of GPUs")
+    how.add_argument("--nodes", "--num_nodes", type=int, metavar="N", help="machines")
+    how.add_argument("--val_check_interval", type=int, metavar="N", help="steps between validations")
+    published = parser.add_argument_group("accepted as published")
+    published.add_argument("-t", "--train", nargs="?", const="true", default="true", metavar="BOOL")
+    published.add_argument("--no-test", nargs="?", const="true", metavar="BOOL")
+    published.add_argument("-p", "--project")
+    published.add_argument("--benchmark", nargs="?", const="true", metavar="BOOL")
+    parser.set_defaults(left="nothing was kept but checkpoints that were written before")
+
+
+def run(options: argparse.Namespace) -> int:
+    """``gi-model train``: the exit code."""
+    from gi_model.training.configuration import configuration, merged, read_tree
+    from gi_model.training.keeping import LAST, read_run
+    from gi_model.training.run import train
+
+    files, overrides = _inputs(options)
+    folder, resume, earlier = _resumed(options)
+    files = [*earlier, *files]
+    if not files:
+        raise InputError("--config: expected a YAML file, got none")
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"--config: {file} does not exist")
+    if resume is not None:
+        read_run(resume)
+    tree = merged(read_tree(files, overrides), _flags(options))
+    configured = configuration(tree)
+    if folder is None:
+        folder = _folder(options, files[0])
+    print(f"training in {folder}")
+    module = train(configured, folder, resume=resume, started=lambda: _write_configuration(tree, folder))
+    if module.unreadable:
+        print(f"{module.unreadable} photos could not be read and were replaced by others")
+    print(f"trained {module.steps} steps; wrote {folder / 'checkpoints' / LAST}")
+    return 0
+
+
+def _inputs(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Files and overrides; an override may stand behind an option that takes several words."""
+    words = [*options.base, *options.overrides]
+    files = [options.config] if options.config else []
+    overrides = [word for word in words if "=" in word]
+    train = options.train
+    if "=" in train:
+        overrides, train = [train, *overrides], "true"
+    if train.lower() in NO:
+        raise InputError("--train: to measure a checkpoint without training: gi-model evaluate")
+    if train.lower() not in YES:
+        raise InputError(f"--train: expected true or false, got {train}")
+    stray = [word for word in options.overrides if "=" not in word]
+    if stray:
+        raise InputError(f"override: expected key.sub=value, got {stray[0]!r}")
+    return [*files, *(word for word in options.base if "=" not in word)], overrides
+
+
+def _resumed(options: argparse.Namespace) -> tuple[Path | None, Path | None, list[str]]:
+    """Folder, checkpoint and configurations of the run that is to go on."""
+    if options.resume is None:
+        given = options.resume_from_checkpoint
+        return None, None if given is None else Path(given), []
+    for name in ("name", "resume_from_checkpoint"):
+        if getattr(options, name) is not None:
+            raise InputError(f"--resume: expected no --{name} with it, got {getattr(options, name)}")
+    resume = Path(options.resume)
+    if resume.is_dir():
+        resume = resume / "checkpoints" / "last.ckpt"
+    folder = resume.absolute().parent.parent
+    return folder, resume, sorted(map(str, (folder / "configs").glob("*.yaml")))
+
+
+def _flags(options: argparse.Namespace) -> dict[str, Any]:
+    """What options say, as a tree of our keys."""
+    from gi_model.training.configuration import merged
+
+    precisions = {"32": "32-true", "bf16": "bf16-mixed"}
+    given: dict[str, Any] = {
+        "weights": options.weights,
+        "seed": options.seed,
+        "steps": options.steps,
+        "epochs": options.epochs,
+        "accumulate": options.accumulate,
+        "precision": precisions.get(options.precision, options.precision),
+        "backend": options.backend,
+        "nodes": options.nodes,
+        "validate_every": options.val_check_interval,
+        "compile": options.compile or None,
+        "averaging": None if options.ema is None else {"decay": options.ema},
+    }
+    if options.gpus is not None:
+        try:
+            given["devices"] = [int(index) for index in options.gpus.split(",") if index.strip()]
+        except ValueError:
+            raise InputError(f"--gpus: expected indices such as 0,1, got {options.gpus}") from None
+    tree = {key: value for key, value in given.items() if value is not None}
+    losses = {"perceptual": 0} if options.no_perceptual else {}
+    if options.perceptual_eval:
+        losses["perceptual_eval"] = True
+    flow = {"kind": options.flow, "checkpoint": options.flow_checkpoint}
+    sections = {"losses": losses, "flow": {key: value for key, value in flow.items() if value is not None}}
+    return merged(tree, {key: value for key, value in sections.items() if value})
+
+
+def _folder(options: argparse.Namespace, first: str) -> Path:
+    """A new run's folder; processes that this one starts are told its name."""
+    name = f"{time.strftime('%Y-%m-%dT%H-%M-%S')}_{options.name or Path(first).stem}{options.postfix}"
+    return Path(os.environ.setdefault("GI_MODEL_RUN", str(Path(options.logdir) / name)))
+
+
+def _write_configuration(tree: dict[str, Any], folder: Path) -> None:
+    """Keep what the run is made of, in place of what an earlier start of it kept."""
+    import yaml
+
+    from gi_model.staging import staged
+
+    path = folder / "configs" / "project.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staged(path) as temporary:
+        temporary.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")

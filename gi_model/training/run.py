@@ -1,0 +1,234 @@
+"""A training run from its configuration; needs the extra ``training``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+
+from gi_kernels import backend
+from gi_model.checkpoints import load_checkpoint
+from gi_model.configs import build_generator
+from gi_model.data import Photos, ValidationSet, build_mask, find_photos
+from gi_model.data.photos import MASKS
+from gi_model.discriminator import Discriminator
+from gi_model.errors import InputError
+from gi_model.flow import RAFT, FlowStage, Stage
+from gi_model.generator import Generator
+from gi_model.published import load_published
+from gi_model.training.configuration import Configuration
+from gi_model.training.keeping import AtomicFiles, Last, Stopped, best
+from gi_model.training.module import DISCRIMINATOR, GENERATOR, TrainingModule, load_named
+from gi_model.training.objective import Objective, Weights
+from gi_model.training.perceptual import PerceptualLoss
+from gi_model.training.step import Step
+
+
+def train(
+    configuration: Configuration,
+    folder: str | Path,
+    *,
+    resume: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    started: Callable[[], None] = lambda: None,
+) -> TrainingModule:
+    """Train, and keep in ``folder``: ``checkpoints/last.ckpt``, the best ones beside it, and logs.
+
+    A run that goes on from its ``last.ckpt`` computes what the uninterrupted run would have, to the bit on
+    a CPU with the same number of threads, processes and samples per batch.
+
+    Args:
+        configuration: of the run.
+        folder: of the run; made if it is missing.
+        resume: a checkpoint to go on from.
+        callbacks: of Lightning, besides those that keep checkpoints.
+        started: called in the first process when all is checked, before the first step.
+
+    Returns:
+        The trained module.
+
+    Raises:
+        InputError: what the configuration names is missing or does not fit, or a term of the loss is lost
+            (``LossError``); ``last.ckpt`` is then from before.
+        KeyboardInterrupt: stopped by a signal; its message says from where to go on.
+    """
+    folder = Path(folder)
+    module = build(configuration)
+    checkpoints = folder / "checkpoints"
+    kept: list[Callback] = [best(checkpoints)] if module.sets else []
+    trainer = pl.Trainer(
+        **_devices(configuration),
+        num_nodes=configuration.nodes,
+        precision=configuration.precision,  # type: ignore[arg-type]
+        max_epochs=-1,  # the module says when it is over
+        logger=[CSVLogger(folder, "", ""), TensorBoardLogger(folder, "", "")],
+        callbacks=[*callbacks, *kept, Last(checkpoints, configuration.save_every)],
+        plugins=[AtomicFiles()],
+        log_every_n_steps=configuration.log_every,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=_validation_interval(configuration, module),
+        use_distributed_sampler=False,
+        enable_progress_bar=any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks),
+        enable_checkpointing=True,
+        enable_model_summary=False,
+        benchmark=True,
+        default_root_dir=folder,
+    )
+    if trainer.global_rank == 0:
+        started()
+    with backend(configuration.backend), _quiet():
+        if configuration.compile:
+            module.step.generator.compile()
+        try:
+            trainer.fit(module, ckpt_path=None if resume is None else str(resume))
+        except Stopped:
+            last = checkpoints / "last.ckpt"
+            raise KeyboardInterrupt(f"step {module.steps} is kept: --resume {last}") from None
+    return module
+
+
+def build(configuration: Configuration) -> TrainingModule:
+    """Networks, objective and data of a run, checked before anything is computed.
+
+    Raises:
+        InputError: as for :func:`train`.
+    """
+    data, losses = configuration.data, configuration.losses
+    if not data.photos:
+        raise InputError("data.photos: expected a folder of photos, got none")
+    photos = Photos(
+        find_photos(data.photos, data.list),
+        size=data.size,
+        references=data.references,
+        mask=build_mask(data.mask_kind, **(data.masks or (MASKS if data.mask_kind == "mixed" else {}))),
+        easy=data.easy,
+        seed=configuration.seed,
+    )
+    sets = {name: ValidationSet(given.data, given.references) for name, given in data.validation.items()}
+    # Fresh weights are those of the seed; the random numbers of the process go on from there.
+    pl.seed_everything(configuration.seed, verbose=False)
+    generator = build_generator(configuration.generator)
+    unit = 2**generator.downsamplings
+    if data.size % unit or data.size < 2 * unit:
+        raise InputError(f"data.size: expected a multiple of {unit}, at least {2 * unit}, got {data.size}")
+    discriminator = Discriminator(3, configuration.discriminator.width, configuration.discriminator.layers)
+    objective = Objective(
+        losses.adversarial,
+        _perceptual(configuration),
+        Weights(losses.l1_known, losses.l1_missing, losses.feature_matching, losses.feature_matching_masked),
+    )
+    stage = _stage(configuration, generator)
+    if configuration.weights is not None:
+        _begin_with(configuration.weights, generator, discriminator)
+    return TrainingModule(configuration, Step(generator, discriminator, objective), photos, sets, stage)
+
+
+def _perceptual(configuration: Configuration) -> PerceptualLoss | None:
+    losses = configuration.losses
+    if losses.perceptual <= 0:
+        return None
+    how = "give its weights (losses.perceptual_weights=FILE), or leave the term out with --no-perceptual"
+    if losses.perceptual_weights is None:
+        raise InputError(f"losses.perceptual_weights: expected weights of the scene encoder, got none; {how}")
+    if not Path(losses.perceptual_weights).is_file():
+        raise InputError(f"losses.perceptual_weights: {losses.perceptual_weights} does not exist; {how}")
+    loss = PerceptualLoss(losses.perceptual, frozen=losses.perceptual_eval)
+    loss.load_encoder(load_checkpoint(losses.perceptual_weights))
+    return loss
+
+
+def _stage(configuration: Configuration, generator: Generator) -> Stage | None:
+    flow = configuration.flow
+    needed = len(getattr(generator, "aggregations", ())) > 0
+    if not needed:
+        return None
+    if flow.kind == "none":
+        raise InputError("flow.kind: this generator needs flow, expected raft or dis, got none")
+    if flow.kind == "dis":
+        from gi_model.flow import DISStage
+
+        return DISStage()
+    how = "flow.checkpoint=FILE (such as raft-things.pth), or flow.kind=dis, which needs none"
+    if flow.checkpoint is None:
+        raise InputError(f"flow.checkpoint: expected weights of RAFT, got none; {how}")
+    if not Path(flow.checkpoint).is_file():
+        raise InputError(f"flow.checkpoint: {flow.checkpoint} does not exist; {how}")
+    if len(flow.resolution) != 2:
+        raise InputError(f"flow.resolution: expected height and width, got {list(flow.resolution)}")
+    state = load_checkpoint(flow.checkpoint)
+    raft = RAFT(small="update_block.mask.0.weight" not in state)
+    load_published(raft, state)
+    return FlowStage(raft, (flow.resolution[0], flow.resolution[1]), flow.iterations)
+
+
+def _begin_with(path: str, generator: Generator, discriminator: Discriminator) -> None:
+    """Weights of a checkpoint in the published layout; without a discriminator that one stays fresh."""
+    if not Path(path).is_file():
+        raise InputError(f"weights: {path} does not exist")
+    state = load_checkpoint(path)
+    load_named(generator, state, GENERATOR)
+    if any(key.startswith(DISCRIMINATOR) for key in state):
+        load_named(discriminator, state, DISCRIMINATOR)
+
+
+def _devices(configuration: Configuration) -> dict[str, Any]:
+    """Accelerator, devices and strategy of a trainer; torchrun's numbers of processes are taken over."""
+    launched = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    gpus = torch.cuda.device_count()
+    chosen = configuration.devices
+    if chosen is not None and not gpus:
+        raise InputError("--gpus: this machine has no GPU that PyTorch can use")
+    if chosen is not None and (not chosen or not all(0 <= index < gpus for index in chosen)):
+        raise InputError(
+            f"--gpus: expected some of 0 to {gpus - 1}, got {','.join(map(str, chosen)) or 'none'}"
+        )
+    if gpus and chosen is not None:
+        devices: Any = list(chosen)
+        count = len(chosen)
+    else:
+        devices = count = launched or 1
+    several = count * configuration.nodes > 1
+    return {
+        "accelerator": "gpu" if gpus else "cpu",
+        "devices": devices,
+        # In each pass one of the networks gets no gradients.
+        "strategy": DDPStrategy(find_unused_parameters=True) if several else "auto",
+    }
+
+
+def _validation_interval(configuration: Configuration, module: TrainingModule) -> int:
+    """Batches between validations."""
+    if configuration.validate_every is not None:
+        return configuration.validate_every * configuration.accumulate
+    world = int(os.environ.get("WORLD_SIZE", "0")) or len(configuration.devices or (0,)) * configuration.nodes
+    return -(-len(module.photos) // (world * configuration.data.batch_size))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's advice about what is as intended here."""
+    advice = (
+        "does not have many workers", "LR scheduler", "eval mode at the start", "GPU available but not used",
+        "exists and is not empty", "callbacks used to create", "IterableDataset",
+    )  # fmt: skip
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for text in advice:
+                warnings.filterwarnings("ignore", f".*{text}")
+            yield
+    finally:
+        logger.setLevel(level)
