@@ -12,7 +12,15 @@ import argparse
 from importlib import import_module
 
 #: Modules of this package, in the order of the help.
-MODULES = ("propagate", "train", "make_validation", "evaluate", "evaluate_video", "fetch_lpips")
+MODULES = (
+    "propagate",
+    "train",
+    "convert_checkpoint",
+    "make_validation",
+    "evaluate",
+    "evaluate_video",
+    "fetch_lpips",
+)
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:

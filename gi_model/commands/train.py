@@ -20,6 +20,8 @@ NAME = "train"
 SUMMARY = "train a generator on photos"
 EXTRA = "training"
 
+FOLDER = "GI_MODEL_RUN"  # environment variable
+
 YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
@@ -95,7 +97,12 @@ def run(options: argparse.Namespace) -> int:
     if folder is None:
         folder = _folder(options, files[0])
     print(f"training in {folder}")
-    module = train(configured, folder, resume=resume, started=lambda: _write_configuration(tree, folder))
+    # Processes that this one starts run the same command, and find the folder's name here.
+    os.environ[FOLDER] = str(folder)
+    try:
+        module = train(configured, folder, resume=resume, started=lambda: _write_configuration(tree, folder))
+    finally:
+        del os.environ[FOLDER]
     if module.unreadable:
         print(f"{module.unreadable} photos could not be read and were replaced by others")
     print(f"trained {module.steps} steps; wrote {folder / 'checkpoints' / LAST}")
@@ -168,9 +175,11 @@ def _flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _folder(options: argparse.Namespace, first: str) -> Path:
-    """A new run's folder; processes that this one starts are told its name."""
+    """A new run's folder."""
+    if FOLDER in os.environ:
+        return Path(os.environ[FOLDER])
     name = f"{time.strftime('%Y-%m-%dT%H-%M-%S')}_{options.name or Path(first).stem}{options.postfix}"
-    return Path(os.environ.setdefault("GI_MODEL_RUN", str(Path(options.logdir) / name)))
+    return Path(options.logdir) / name
 
 
 def _write_configuration(tree: dict[str, Any], folder: Path) -> None:

@@ -80,11 +80,11 @@ class Last(Callback):
     def __init__(self, folder: Path, every: int) -> None:
         self.path, self.every = folder / LAST, every
         self.saving = self.stopping = False
-        self.saved = -1
+        self.saved = self.seen = -1  # steps
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.saved = pl_module.steps  # type: ignore[assignment]
+        self.saved = self.seen = pl_module.steps  # type: ignore[assignment]
         self._handle(signal.SIGINT, self._stop)
         self._handle(signal.SIGTERM, self._stop)
         if hasattr(signal, "SIGUSR1"):
@@ -94,8 +94,9 @@ class Last(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         steps: Any = pl_module.steps
-        if steps == self.saved:
+        if steps == self.seen:  # gradients are gathering
             return
+        self.seen = steps
         stopping, saving = self.stopping, self.saving or self.stopping
         if trainer.world_size > 1:  # all processes have to agree
             stopping = trainer.strategy.reduce_boolean_decision(stopping, all=False)

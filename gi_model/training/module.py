@@ -66,6 +66,7 @@ class TrainingModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # more processes than samples
         self.configuration, self.step, self.photos, self.sets = configuration, step, photos, dict(sets or {})
         self.stages = (stage,)  # no submodule: it stays in eval mode and is not learnt
         self.average: AveragedModel | None = None
@@ -117,8 +118,8 @@ class TrainingModule(pl.LightningModule):
         """Bring the stage to where the networks are, and tell Lightning where the run is."""
         if isinstance(self.stages[0], nn.Module):
             self.stages[0].to(self.device)
-        first, second = self.optimizers()  # type: ignore[misc]
-        self.alternation.optimizers = (first, second)  # type: ignore[assignment]
+        wrapped: Any = self.optimizers()  # through which precision and Lightning's counters go
+        self.alternation.optimizers = tuple(wrapped)  # type: ignore[assignment]
         self.alternation.global_step = self.steps
         loop = self.trainer.fit_loop.epoch_loop
         loop._batches_that_stepped = self.steps
@@ -220,6 +221,7 @@ class TrainingModule(pl.LightningModule):
         """Weights under their published names, and where the run is."""
         checkpoint["state_dict"] = self.published_state()
         del checkpoint["loops"]  # where the run is, stands below
+        checkpoint |= {"epoch": self.epoch, "global_step": self.steps}
         checkpoint["gi_model"] = {
             "configuration": as_tree(self.configuration),
             "epoch": self.epoch,
@@ -361,7 +363,8 @@ def _term_name(which: int, name: str) -> str:
 
 def _random_state() -> dict[str, Any]:
     """The state of the generators of random numbers, as plain data and tensors."""
-    kind, keys, *rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    kind, keys, *rest = numpy_state
     state = {
         "torch": torch.get_rng_state(),
         "numpy": [kind, keys.tolist(), *rest],

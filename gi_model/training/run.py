@@ -27,11 +27,12 @@ from gi_model.flow import RAFT, FlowStage, Stage
 from gi_model.generator import Generator
 from gi_model.published import load_published
 from gi_model.training.configuration import Configuration
-from gi_model.training.keeping import AtomicFiles, Last, Stopped, best
+from gi_model.training.keeping import LAST, AtomicFiles, Last, Stopped, best
 from gi_model.training.module import DISCRIMINATOR, GENERATOR, TrainingModule, load_named
 from gi_model.training.objective import Objective, Weights
 from gi_model.training.perceptual import PerceptualLoss
 from gi_model.training.step import Step
+from gi_model.training.watch import LossError
 
 
 def train(
@@ -66,35 +67,41 @@ def train(
     module = build(configuration)
     checkpoints = folder / "checkpoints"
     kept: list[Callback] = [best(checkpoints)] if module.sets else []
-    trainer = pl.Trainer(
-        **_devices(configuration),
-        num_nodes=configuration.nodes,
-        precision=configuration.precision,  # type: ignore[arg-type]
-        max_epochs=-1,  # the module says when it is over
-        logger=[CSVLogger(folder, "", ""), TensorBoardLogger(folder, "", "")],
-        callbacks=[*callbacks, *kept, Last(checkpoints, configuration.save_every)],
-        plugins=[AtomicFiles()],
-        log_every_n_steps=configuration.log_every,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        val_check_interval=_validation_interval(configuration, module),
-        use_distributed_sampler=False,
-        enable_progress_bar=any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks),
-        enable_checkpointing=True,
-        enable_model_summary=False,
-        benchmark=True,
-        default_root_dir=folder,
-    )
-    if trainer.global_rank == 0:
-        started()
+    last = checkpoints / LAST
     with backend(configuration.backend), _quiet():
+        trainer = pl.Trainer(
+            **_devices(configuration),
+            num_nodes=configuration.nodes,
+            precision=configuration.precision,  # type: ignore[arg-type]
+            max_epochs=-1,  # the module says when it is over
+            logger=[TensorBoardLogger(folder, "tensorboard", ""), CSVLogger(folder, "csv")],
+            callbacks=[*callbacks, *kept, Last(checkpoints, configuration.save_every)],
+            plugins=[AtomicFiles()],
+            log_every_n_steps=configuration.log_every,
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=None,
+            val_check_interval=_validation_interval(configuration, module),
+            limit_val_batches=None if module.sets else 0,
+            use_distributed_sampler=False,
+            enable_progress_bar=any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks),
+            enable_checkpointing=True,
+            enable_model_summary=False,
+            benchmark=True,
+            default_root_dir=folder,
+        )
+        if trainer.global_rank == 0:
+            started()
         if configuration.compile:
             module.step.generator.compile()
         try:
             trainer.fit(module, ckpt_path=None if resume is None else str(resume))
         except Stopped:
-            last = checkpoints / "last.ckpt"
             raise KeyboardInterrupt(f"step {module.steps} is kept: --resume {last}") from None
+        except LossError as error:
+            kept_at = (
+                f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written"
+            )
+            raise LossError(f"{error}; {kept_at}") from None
     return module
 
 
@@ -220,9 +227,9 @@ def _quiet() -> Iterator[None]:
     """Without Lightning's advice about what is as intended here."""
     advice = (
         "does not have many workers", "LR scheduler", "eval mode at the start", "GPU available but not used",
-        "exists and is not empty", "callbacks used to create", "IterableDataset",
+        "exists and is not empty", "callbacks used to create", "IterableDataset", "isinstance.treespec",
     )  # fmt: skip
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:

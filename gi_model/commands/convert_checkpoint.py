@@ -1,0 +1,84 @@
+"""Convert a checkpoint of training, ours or published, into one that holds nothing but weights, under their
+published names: a .ckpt that the published code reads (its --resume_from_checkpoint with --train false), or
+.safetensors.
+
+Nothing in FILE is run. gi-model train --weights takes either as the beginning of a run; states of optimizers
+are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gi_model.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "convert-checkpoint"
+SUMMARY = "weights of a training checkpoint as .ckpt or .safetensors"
+EXTRA = "evaluation"
+
+GENERATOR, AVERAGE = "generator.", "generator_average."
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument
+    add("checkpoint", metavar="FILE", help="a checkpoint of training")
+    add("-o", "--output", required=True, metavar="OUT", help="a new .ckpt or .safetensors file")
+    add("--generator-only", action="store_true", help="leave out the discriminator and all other networks")
+    add("--average", action="store_true", help="take the average of the generator (train --ema)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """``gi-model convert-checkpoint``: the exit code."""
+    from gi_model.checkpoints import load_checkpoint
+
+    output = Path(options.output)
+    if output.suffix not in (".ckpt", ".safetensors"):
+        raise InputError(f"-o: expected a name that ends in .ckpt or .safetensors, got {output}")
+    if output.exists():
+        raise InputError(f"-o: {output} exists; name a new file")
+    state = load_checkpoint(options.checkpoint)
+    if not any(key.startswith(GENERATOR) for key in state):
+        raise InputError(f"FILE: {options.checkpoint} holds no weights of a generator")
+    if options.average:
+        averaged = {k.replace(AVERAGE, GENERATOR, 1): v for k, v in state.items() if k.startswith(AVERAGE)}
+        if not averaged:
+            raise InputError(f"--average: {options.checkpoint} holds no average, expected one of train --ema")
+        state |= averaged
+    state = {key: value for key, value in state.items() if not key.startswith(AVERAGE)}
+    if options.generator_only:
+        state = {key: value for key, value in state.items() if key.startswith(GENERATOR)}
+    if options.dtype is not None:
+        state = {key: _cast(value, options.dtype) for key, value in state.items()}
+    _write(state, output)
+    print(f"wrote {len(state)} tensors to {output}")
+    return 0
+
+
+def _cast(value: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Counters stay whole numbers."""
+    import torch
+
+    return value.to(getattr(torch, dtype)) if value.is_floating_point() else value
+
+
+def _write(state: dict[str, torch.Tensor], output: Path) -> None:
+    from gi_model.staging import staged
+
+    with staged(output) as temporary:
+        if output.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            # The format has no shared tensors: those under several names are written several times.
+            save_file({key: value.clone().contiguous() for key, value in state.items()}, temporary)
+        else:
+            import torch
+
+            torch.save({"state_dict": state}, temporary)

@@ -1,0 +1,422 @@
+"""Runs of ``gi-model train`` on tiny networks: learning, resuming, kills, several processes, refusals."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+cv2 = pytest.importorskip("cv2", reason="the [training] extra is not installed")
+pytest.importorskip("lightning", reason="the [training] extra is not installed")
+yaml = pytest.importorskip("yaml", reason="the [training] extra is not installed")
+
+from gi_model.checkpoints import load_checkpoint  # noqa: E402
+from gi_model.cli import main  # noqa: E402
+from gi_model.data import Batches, Draws, Photos  # noqa: E402
+from gi_model.data.making import make_validation  # noqa: E402
+from gi_model.data.masks import build_mask  # noqa: E402
+from gi_model.errors import InputError  # noqa: E402
+from gi_model.training.configuration import as_tree, configuration, read_configuration  # noqa: E402
+from gi_model.training.keeping import AtomicFiles, read_run  # noqa: E402
+from gi_model.training.module import masked_quality  # noqa: E402
+from gi_model.training.watch import LossError, Watch  # noqa: E402
+
+MASKS = {
+    "irregular_proba": 0,
+    "box_kwargs": {"margin": 2, "bbox_min_size": 6, "bbox_max_size": 16, "max_times": 2, "min_times": 1},
+}
+TINY: dict[str, Any] = {
+    "data": {"photos": "photos", "size": 32, "references": 1, "masks": MASKS, "batch_size": 2, "workers": 0},
+    "generator": {
+        "kind": "two_stream", "width": 4, "blocks": 1, "max_width": 16, "downsamplings": 2, "grid": 2,
+        "groups": 2, "heads": 2, "window_heads": 2, "refine": "conv", "aggregates": False,
+    },
+    "discriminator": {"width": 4, "layers": 1},
+    "flow": {"kind": "none"},
+    "losses": {"perceptual": 0},
+    "learning_rate": 1e-3,
+    "schedule": {"warm_up_steps": 0},
+    "accumulate": 2,
+    "steps": 6,
+    "save_every": 1000,
+    "log_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with photos, a validation set and a configuration."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GI_MODEL_RUN", raising=False)
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(5):  # so that the last batch of an epoch is small, and the last window short
+        small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        cv2.imwrite(f"photos/{i}.png", cv2.resize(small, (60, 50), interpolation=cv2.INTER_CUBIC))
+    write(TINY)
+    return tmp_path
+
+
+def write(tree: dict[str, Any], name: str = "tiny.yaml") -> None:
+    Path(name).write_text(yaml.safe_dump(tree))
+
+
+def validation() -> None:
+    photos = Photos(
+        sorted(Path("photos").iterdir()), size=32, references=1, mask=build_mask("mixed", **MASKS)
+    )
+    assert list(make_validation(photos, Path("held-out"), 3)) == [0, 1, 2]
+
+
+def run_folder(name: str) -> Path:
+    (found,) = Path("logs").glob(f"*_{name}")
+    return found
+
+
+def train(name: str, *options: str) -> Path:
+    assert main(["train", "--config", "tiny.yaml", "-n", name, *options]) == 0
+    return run_folder(name)
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return read_run(folder / "checkpoints" / "last.ckpt")
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Equal to the bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}/{i}")
+    else:
+        assert one == other, where
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    checkpoints = [last(folder) for folder in (one, other)]
+    for checkpoint in checkpoints:
+        checkpoint["gi_model"].pop("configuration")
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "gi_model", "epoch", "global_step"):
+        assert_same(checkpoints[0][key], checkpoints[1][key], key)
+
+
+def losses(folder: Path, term: str = "train/gen_l1") -> list[float]:
+    rows = [
+        row
+        for path in sorted(folder.rglob("metrics.csv"))
+        for row in csv.DictReader(path.read_text().splitlines())
+    ]
+    return [float(row[term]) for row in rows if row.get(term)]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3], ids=["in a window", "at the end of an epoch", "in the next"])
+def test_a_run_that_goes_on_computes_what_it_would_have(stop: int) -> None:
+    validation()
+    write({**TINY, "data": {**TINY["data"], "validation": {"one": {"data": "held-out", "references": 1}}}})
+    whole = train("whole", "--ema", "0.9")
+    halved = train("halved", "--ema", "0.9", "--steps", str(stop))
+    before = losses(halved)
+    assert main(["train", "--resume", str(halved), "--steps", "6"]) == 0
+    assert_same_run(whole, halved)
+    assert losses(whole)[: len(before)] == before and losses(halved) == losses(whole)
+    best = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert len(best) == 4 and best[0].startswith("epoch=00000")
+    # Everything that reads published checkpoints reads these.
+    assert any(
+        key.startswith("model0.0")
+        for key in load_checkpoint(whole / "checkpoints" / "last.ckpt", part="discriminator")
+    )
+
+
+def test_a_loss_that_falls() -> None:
+    write({**TINY, "data": {**TINY["data"], "easy": True}})
+    folder = train("falls", "--steps", "200", "learning_rate=1e-2", "accumulate=1", "save_every=50")
+    found = losses(folder)
+    assert len(found) == 200
+    assert np.mean(found[-40:]) < 0.8 * np.mean(found[:20])
+
+
+def test_killed_while_training_and_while_writing() -> None:
+    whole = train("whole", "--steps", "40")
+    folder = Path("logs/killed")
+    command = [sys.executable, "-m", "gi_model.cli", "train"]
+    environment = {**os.environ, "GI_MODEL_RUN": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [*command, "--config", "tiny.yaml", "--steps", "100000", "save_every=1"], env=environment
+    )
+    kept = folder / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 60
+    while not kept.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 1 <= last(folder)["gi_model"]["steps"] < 40
+    (folder / "checkpoints" / f".last.{process.pid}.partial.ckpt").write_bytes(
+        b"half"
+    )  # killed while writing
+    assert main(["train", "--resume", str(folder), "--steps", "40", "save_every=1000"]) == 0
+    assert_same_run(whole, folder)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_is_whole_or_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, path = AtomicFiles(), tmp_path / "last.ckpt"
+    files.save_checkpoint({"gi_model": 1}, path)
+
+    def fails(*arguments: Any) -> None:
+        arguments[1].write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(OSError, match="no space"):
+        files.save_checkpoint({"gi_model": 2}, path)
+    assert files.load_checkpoint(path) == {"gi_model": 1}
+    assert [found.name for found in tmp_path.glob("*.ckpt")] == ["last.ckpt"]
+
+
+def test_asked_to_stop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = train("whole")
+    from gi_model.training import module
+
+    learn = module.Alternation.batch
+
+    def interrupted(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Alternation, "batch", interrupted)
+        assert main(["train", "--config", "tiny.yaml", "-n", "stopped"]) == 130
+    folder = run_folder("stopped")
+    assert "step 3 is kept: --resume" in capsys.readouterr().err
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert_same_run(whole, folder)
+
+
+def test_a_lost_loss_keeps_the_last_good_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gi_model.training import objective
+
+    monkeypatch.setattr(
+        objective, "feature_matching", lambda *_: torch.tensor(float("nan"), requires_grad=True)
+    )
+    assert main(["train", "--config", "tiny.yaml", "-n", "lost"]) == 2
+    assert "gen_fm is nan at step 0; no checkpoint had been written" in capsys.readouterr().err
+
+
+def test_low_precision_and_the_definitions_of_operators() -> None:
+    folder = train(
+        "low", "--precision", "bf16", "--backend", "reference", "--steps", "2", "--perceptual-eval"
+    )
+    assert all(value.dtype != torch.bfloat16 for value in last(folder)["state_dict"].values())
+    assert last(folder)["gi_model"]["configuration"]["backend"] == "reference"
+
+
+def test_watch() -> None:
+    watch = Watch(limit=10, patience=3)
+    for step in range(3):
+        watch({"gen_l1": 2.0}, step)
+    watch({"gen_l1": 19.0}, 3)
+    resumed = Watch(limit=10, patience=3)
+    resumed.load_state_dict(watch.state_dict())
+    with pytest.raises(LossError, match="gen_l1 is 1000 at step 4, more than 10 times its usual"):
+        resumed({"gen_l1": 1000.0}, 4)
+    with pytest.raises(LossError, match="gen_adv is inf"):
+        watch({"gen_adv": float("inf")}, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--config: expected a YAML file"),
+        (["--config", "none.yaml"], "none.yaml does not exist"),
+        (["--config", "tiny.yaml", "data.photos=nowhere"], "nowhere is not a folder"),
+        (["--config", "tiny.yaml", "data.photo=a"], "unknown key 'data.photo' (did you mean 'photos'?)"),
+        (["--config", "tiny.yaml", "learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["--config", "tiny.yaml", "steps=many"], "steps: expected a whole number, got str 'many'"),
+        (["--config", "tiny.yaml", "losses.perceptual=30"], "leave the term out with --no-perceptual"),
+        (["--config", "tiny.yaml", "losses.perceptual=30", "losses.perceptual_weights=x.pth"], "x.pth"),
+        (["--config", "tiny.yaml", "data.size=30"], "data.size: expected a multiple of 4"),
+        (["--config", "tiny.yaml", "generator.aggregates=true"], "this generator needs flow"),
+        (["--config", "tiny.yaml", "generator.aggregates=true", "--flow", "raft"], "weights of RAFT"),
+        (["--config", "tiny.yaml", "--gpus", "0,"], "no GPU"),
+        (["--config", "tiny.yaml", "-t", "false"], "gi-model evaluate"),
+        (["--config", "tiny.yaml", "--resume", "photos"], "last.ckpt does not exist"),
+        (["--config", "tiny.yaml", "--precision", "half"], "precision: expected 32-true, bf16-mixed"),
+        (["--config", "tiny.yaml", "stray"], "expected key.sub=value, got 'stray'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_said(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("logs").exists()
+
+
+PUBLISHED: dict[str, Any] = {
+    "model": {
+        "base_learning_rate": "1e-5",
+        "target": "gi.models.inpainting.lama_guided.DefaultInpaintingTrainingModule",
+        "params": {
+            "monitor": "val_evaluator_stitched_state_two_fid_total_mean",
+            "flow_cfg": {
+                "target": "gi.modules.warp.raft.RAFT",
+                "params": {"input_range": "01", "return_err": True, "resolution": [256, 256]},
+            },
+            "scheduler_config": {
+                "target": "gi.lr_scheduler.LambdaWarmUpCosineScheduler",
+                "params": {"warm_up_steps": 1000, "max_decay_steps": 1000000, "lr_start": "1e-4"},
+            },
+            "config": {
+                "losses": {
+                    "l1": {"weight_missing": 0, "weight_known": 10},
+                    "adversarial": {
+                        "kind": "r1", "weight": 10, "gp_coef": 0.001, "mask_as_fake_target": True,
+                        "allow_scale_mask": True,
+                    },
+                    "feature_matching": {"weight": 100},
+                    "resnet_pl": {"weight": 30, "weights_path": "checkpoints/lama/"},
+                },
+                "optimizers": {
+                    "generator": {"kind": "adam", "lr_factor": 1.0},
+                    "discriminator": {"kind": "adam", "lr_factor": 0.1},
+                },
+                "discriminator": {"kind": "pix2pixhd_nlayer", "input_nc": 3, "ndf": 64, "n_layers": 4},
+            },
+        },
+    },
+    "data": {
+        "target": "gi.main.DataModuleFromConfig",
+        "params": {
+            "batch_size": 8, "num_workers": 4,
+            "train": {
+                "target": "gi.data.inpainting_lama_multiframe.LamaGI",
+                "params": {
+                    "easy": False, "n_references": 2, "root": "data", "filelist": "list.txt", "out_size": 256,
+                    "transform_variant": "distortions",
+                },
+            },
+            "combined_val_batches": False,
+            "validation": {
+                "1_four": {"params": {"filenames": "val.txt", "n_references": 4}},
+                "0_two": {"params": {"filenames": "val.txt", "n_references": 2}},
+            },
+        },
+    },
+    "lightning": {"trainer": {"benchmark": True, "num_sanity_val_steps": 0, "accumulate_grad_batches": 2}},
+}  # fmt: skip
+
+
+def test_published_configuration() -> None:
+    write(PUBLISHED, "ours.yaml")
+    made = read_configuration(["ours.yaml"], ["data.params.batch_size=4", "seed=5"])
+    assert (made.data.batch_size, made.seed, made.accumulate) == (4, 5, 2)
+    assert made.rate(processes=2) == pytest.approx(1.6e-4)
+    assert list(made.data.validation) == ["two", "four"]
+    assert made.losses.perceptual_weights is not None
+    assert made.losses.perceptual_weights.startswith("checkpoints/lama/ade20k/")
+    # But for what comes from the machine, the published recipe is what is left out.
+    assert made.losses.adversarial == configuration({}).losses.adversarial
+    assert made.schedule == configuration({}).schedule
+    assert made.generator_optimizer == configuration({}).generator_optimizer
+    assert made.discriminator_optimizer == configuration({}).discriminator_optimizer
+    assert configuration(as_tree(made)) == made
+    with pytest.raises(InputError, match=r"unknown key in losses: 'resnet_p' .did you mean 'resnet_pl'"):
+        read_configuration(["ours.yaml"], ["model.params.config.losses.resnet_p.weight=1"])
+
+
+def test_batches_go_on_where_they_stopped() -> None:
+    whole = iter(Batches(Draws(5, rank=1, world=2), 2))
+    expected = [next(whole) for _ in range(7)]
+    assert [len(batch) for batch in expected] == [2, 1, 2, 1, 2, 1, 2]
+    for done in range(6):
+        rest = iter(Batches(Draws(5, rank=1, world=2), 2, *divmod(done, 2)))
+        assert [next(rest) for _ in range(7 - done)] == expected[done:]
+
+
+def test_quality_is_measured_inside_the_mask() -> None:
+    image, mask = torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16)
+    mask[0, :, 4:8, 4:8] = 1
+    psnr, ssim, count = masked_quality(image + 0.1 * mask, image, mask).tolist()
+    assert count == 1 and psnr == pytest.approx(20, abs=1e-3) and 0 < ssim < 1
+    assert masked_quality(image, image, mask).tolist() == pytest.approx([100, 1, 1])
+
+
+SEVERAL = """
+import os, sys
+import torch
+from gi_model.training import module
+from gi_model import cli
+
+begin = module.TrainingModule.on_fit_start
+def without_batches(self):  # statistics of a batch differ between its halves
+    begin(self)
+    for part in self.modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+            part.eval()
+module.TrainingModule.on_fit_start = without_batches
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_learn_what_one_does_from_batches_twice_as_large() -> None:
+    for i in range(5, 8):
+        (Path("photos") / f"{i}.png").write_bytes((Path("photos") / f"{i - 5}.png").read_bytes())
+    Path("several.py").write_text(SEVERAL)
+    options = ["train", "--config", "tiny.yaml", "--steps", "4", "--logdir"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for count, size in ((1, 4), (2, 2)):
+        start = [*launcher, "2"] if count == 2 else [sys.executable]
+        command = [*start, "several.py", *options, f"logs/{count}", f"data.batch_size={size}"]
+        subprocess.run(command, env=environment, check=True, timeout=120)
+    one, two = (losses(Path(f"logs/{count}"), "train/gen_fm") for count in (1, 2))
+    assert len(one) == 8
+    np.testing.assert_allclose(two, one, rtol=2e-4)
+    np.testing.assert_allclose(
+        losses(Path("logs/2"), "train/discr_adv"), losses(Path("logs/1"), "train/discr_adv"), rtol=2e-4
+    )
+
+
+def test_weights_are_converted(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train("made", "--ema", "0.5", "--steps", "2")
+    kept = folder / "checkpoints" / "last.ckpt"
+    state = load_checkpoint(kept)
+    for name in ("whole.ckpt", "whole.safetensors"):
+        assert main(["convert-checkpoint", str(kept), "-o", name]) == 0
+        converted = load_checkpoint(name)
+        expected = {key: value for key, value in state.items() if not key.startswith("generator_average.")}
+        assert converted.keys() == expected.keys()
+        assert all(torch.equal(converted[key], value) for key, value in expected.items())
+        # A run begins with them.
+        assert train(name.replace(".", "-"), "--weights", name, "--steps", "1")
+    options = ["--average", "--generator-only", "--dtype", "float16"]
+    assert main(["convert-checkpoint", str(kept), "-o", "small.safetensors", *options]) == 0
+    for key, value in load_checkpoint("small.safetensors", part="generator").items():
+        average = state[f"generator_average.{key}"]
+        assert torch.equal(value, average.half() if average.is_floating_point() else average)
+    assert main(["convert-checkpoint", str(kept), "-o", "small.safetensors"]) == 2
+    assert main(["convert-checkpoint", "whole.ckpt", "--average", "-o", "none.ckpt"]) == 2
+    assert "--average: whole.ckpt holds no average" in capsys.readouterr().err
+    assert main(["train", "--config", "tiny.yaml", "--resume_from_checkpoint", "whole.ckpt"]) == 2
+    assert "to begin with its weights: --weights" in capsys.readouterr().err
