@@ -262,6 +262,9 @@ def test_watch() -> None:
         (["--config", "tiny.yaml", "-t", "false"], "gi-model evaluate"),
         (["--config", "tiny.yaml", "--resume", "photos"], "last.ckpt does not exist"),
         (["--config", "tiny.yaml", "--precision", "half"], "precision: expected 32-true, bf16-mixed"),
+        (["--config", "tiny.yaml", "data.batch_size=0"], "data.batch_size: expected at least 1, got 0"),
+        (["--config", "tiny.yaml", "--ema", "1"], "averaging.decay: expected 0 to below 1"),
+        (["--config", "tiny.yaml", "generator_optimizer.betas=[0.9]"], "betas: expected two numbers"),
         (["--config", "tiny.yaml", "stray"], "expected key.sub=value, got 'stray'"),
     ],
 )  # fmt: skip

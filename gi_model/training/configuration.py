@@ -150,9 +150,24 @@ class Configuration:
     pictures_every: int = 750
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "accumulate", "nodes", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"config: {name}: expected at least 1, got {getattr(self, name)}")
+        averaging = self.averaging or AveragingOptions()
+        counts = {
+            **{
+                name: getattr(self, name)
+                for name in ("epochs", "accumulate", "nodes", "save_every", "log_every")
+            },
+            "steps": self.steps,
+            "validate_every": self.validate_every,
+            "data.batch_size": self.data.batch_size,
+            "averaging.period": averaging.period,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise InputError(f"config: {name}: expected at least 1, got {value}")
+        if not 0 <= averaging.decay < 1:
+            raise InputError(f"config: averaging.decay: expected 0 to below 1, got {averaging.decay}")
+        if self.data.workers < 0:
+            raise InputError(f"config: data.workers: expected at least 0, got {self.data.workers}")
         for name, known in (
             ("monitor", ("psnr", "ssim")),
             ("precision", ("32-true", "bf16-mixed")),
@@ -163,6 +178,8 @@ class Configuration:
         for which in (self.generator_optimizer, self.discriminator_optimizer):
             if which.kind not in ("adam", "adamw"):
                 raise InputError(f"config: optimizer kind: expected adam, adamw, got {which.kind!r}")
+            if len(which.betas) != 2:
+                raise InputError(f"config: optimizer betas: expected two numbers, got {list(which.betas)}")
         if self.flow.kind not in ("raft", "dis", "none"):
             raise InputError(f"config: flow.kind: expected raft, dis, none, got {self.flow.kind!r}")
 
