@@ -84,7 +84,7 @@ def train(
             limit_val_batches=None if module.sets else 0,
             use_distributed_sampler=False,
             enable_progress_bar=any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks),
-            enable_checkpointing=True,
+            enable_checkpointing=bool(kept),  # or Lightning adds its own
             enable_model_summary=False,
             benchmark=True,
             default_root_dir=folder,
@@ -97,6 +97,8 @@ def train(
             trainer.fit(module, ckpt_path=None if resume is None else str(resume))
         except Stopped:
             raise KeyboardInterrupt(f"step {module.steps} is kept: --resume {last}") from None
+        except SystemExit:  # what Lightning makes of a second Ctrl-C
+            raise KeyboardInterrupt from None
         except LossError as error:
             kept_at = (
                 f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written"
