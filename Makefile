@@ -3,7 +3,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTHON ?= python3
 # Packages for `make test`; a demo needs only [video].
-EXTRAS ?= video,test,bench
+EXTRAS ?= video,training,test,bench
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c

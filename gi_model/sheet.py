@@ -1,6 +1,8 @@
-"""A picture of a few frames: masked, repaired, truth."""
+"""Pictures of a few frames side by side: masked, repaired, truth, or whatever else."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -39,23 +41,31 @@ class Sheet:
 
     def image(self) -> np.ndarray:
         """The sheet, ``[H,W,3]`` uint8; at least one frame must have been added."""
-        height, width = self.collected[0][0].shape[:2]
-        rows = [_heading(width, len(self.collected[0]))]
-        for row in self.collected[: self.rows]:
-            rows += [np.concatenate([_lined(i, 1) for i in row], axis=1)[:, :-LINE]]
-        return np.concatenate([rows[0], *(_lined(r, 0) for r in rows[1:])], axis=0)[:-LINE]
+        shown = self.collected[: self.rows]
+        return tabulate(("masked", "repaired", "truth")[: len(shown[0])], shown)
 
 
-def _lined(image: np.ndarray, axis: int) -> np.ndarray:
-    """``image`` with a white line after it."""
+def tabulate(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Rows of pictures ``[H,W,3]`` uint8 of one size under the titles of their columns, in one picture."""
+    headings = [_heading(title, rows[0][0].shape[1]) for title in titles]
+    lines = [_joined(headings), *(_lined(_joined(row), 0) for row in rows)]
+    return np.concatenate(lines, axis=0)[:-LINE]
+
+
+def _joined(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures side by side, white lines between them."""
+    return np.concatenate([_lined(picture, 1) for picture in pictures], axis=1)[:, :-LINE]
+
+
+def _lined(picture: np.ndarray, axis: int) -> np.ndarray:
+    """``picture`` with a white line after it."""
     margin = [(0, 0), (0, 0), (0, 0)]
     margin[axis] = (0, LINE)
-    return np.pad(image, margin, constant_values=255)
+    return np.pad(picture, margin, constant_values=255)
 
 
-def _heading(width: int, columns: int) -> np.ndarray:
-    strip = np.full((HEADING, columns * (width + LINE) - LINE, 3), 255, np.uint8)
-    for i, text in enumerate(("masked", "repaired", "truth")[:columns]):
-        at = (i * (width + LINE) + 4, HEADING - 8)
-        cv2.putText(strip, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
-    return strip
+def _heading(title: str, width: int) -> np.ndarray:
+    strip = np.full((HEADING, width, 3), 255, np.uint8)
+    return cv2.putText(
+        strip, title, (4, HEADING - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA
+    )
