@@ -78,6 +78,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """``gi-model train``: the exit code."""
+    from gi_model.training.callbacks import Pictures, Progress, Throughput
     from gi_model.training.configuration import configuration, merged, read_tree
     from gi_model.training.keeping import LAST, read_run
     from gi_model.training.run import train
@@ -97,10 +98,18 @@ def run(options: argparse.Namespace) -> int:
     if folder is None:
         folder = _folder(options, files[0])
     print(f"training in {folder}")
+    throughput = Throughput()
+    shown = [Pictures(folder / "images", configured.pictures_every), throughput, Progress(throughput)]
     # Processes that this one starts run the same command, and find the folder's name here.
     os.environ[FOLDER] = str(folder)
     try:
-        module = train(configured, folder, resume=resume, started=lambda: _write_configuration(tree, folder))
+        module = train(
+            configured,
+            folder,
+            resume=resume,
+            callbacks=shown,
+            started=lambda: _write_configuration(tree, folder),
+        )
     finally:
         del os.environ[FOLDER]
     if module.unreadable:

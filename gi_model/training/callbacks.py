@@ -25,10 +25,7 @@ WINDOW = 50  # batches, of which speed is the mean
 
 def loggers(folder: str | Path) -> list[Logger]:
     """Logs of a run: ``tensorboard/`` and ``csv/version_N/metrics.csv``, one N per start of the run."""
-    return [
-        TensorBoardLogger(folder, name="tensorboard", version=""),
-        CSVLogger(folder, name="csv", flush_logs_every_n_steps=20),
-    ]
+    return [TensorBoardLogger(folder, "tensorboard", ""), CSVLogger(folder, "csv")]
 
 
 class Pictures(Callback):
@@ -39,7 +36,8 @@ class Pictures(Callback):
     ``train/`` or ``val/``, with the keys of :func:`~gi_model.training.pictures.sheets`.
 
     While a batch is to be drawn, the module's ``wants_pictures`` is true; the module then leaves a
-    :class:`~gi_model.training.pictures.Sample` in ``latest``.
+    :class:`~gi_model.training.pictures.Sample` in ``latest``. Where the run is, all callbacks here learn
+    from the module: Lightning's own counters know nothing of earlier starts.
 
     Args:
         folder: where the files go.
@@ -52,16 +50,17 @@ class Pictures(Callback):
             if value < 1:
                 raise InputError(f"{name}: expected at least 1, got {value}")
         self.folder, self.every, self.count = Path(folder), every, count
+        self._where = (0, 0)  # epoch and batch of what is to be drawn
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
-        number = trainer.fit_loop.total_batch_idx + 1
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, index: int) -> None:
+        number = module.batches_done + 1
         due = number % self.every == 0 or (number <= 512 and number & (number - 1) == 0)
         self._ask(trainer, module, due)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        self._draw(trainer, module, "train", index)
+        self._draw(trainer, module, "train")
 
     def on_validation_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, index: int, dataset: int = 0
@@ -77,23 +76,24 @@ class Pictures(Callback):
         index: int,
         dataset: int = 0,
     ) -> None:
-        self._draw(trainer, module, f"val_{dataset}" if dataset else "val", index)
+        self._draw(trainer, module, f"val_{dataset}" if dataset else "val")
 
     def _ask(self, trainer: Trainer, module: Any, due: bool) -> None:
         module.wants_pictures, module.latest = due and trainer.is_global_zero, None
+        self._where = module.epoch, module.number
 
     @rank_zero_only
-    def _draw(self, trainer: Trainer, module: Any, phase: str, index: int) -> None:
+    def _draw(self, trainer: Trainer, module: Any, phase: str) -> None:
         sample, module.wants_pictures, module.latest = module.latest, False, None
         if sample is None:
             return
-        step = steps_done(trainer)
+        epoch, number = self._where
         for key, picture in sheets(sample, self.count).items():
-            name = f"{key}_gs-{step:06d}_e-{trainer.current_epoch:06d}_b-{index:06d}.png"
+            name = f"{key}_gs-{module.steps:06d}_e-{epoch:06d}_b-{number:06d}.png"
             write_png(self.folder / phase / name, picture)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(f"{phase}/{key}", picture, step, dataformats="HWC")
+                    logger.experiment.add_image(f"{phase}/{key}", picture, module.steps, dataformats="HWC")
 
 
 class Throughput(Callback):
@@ -102,35 +102,29 @@ class Throughput(Callback):
     Attributes:
         images_per_second: of all processes, over the last 50 batches, data loading included and
             validation left out; 0 before there are any.
-        left: seconds until the last step, at the pace of this start of the run, validation
-            included; None if the end is not known.
+        left: seconds until the last batch, at the pace of this start of the run, validation included.
     """
 
     def __init__(self) -> None:
-        self.images_per_second = 0.0
-        self.left: float | None = None
+        self.images_per_second = self.left = 0.0
         self._taken: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._begun = self._mark = 0.0
         self._before = 0
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self._begun = self._mark = time.perf_counter()
-        self._before = trainer.fit_loop.total_batch_idx
+        self._before = module.batches_done
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._mark = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
         now = time.perf_counter()
         self._taken.append((len(batch["image"]) * trainer.world_size, now - self._mark))
         self._mark = now
         self.images_per_second = sum(n for n, _ in self._taken) / sum(t for _, t in self._taken)
-        done = trainer.fit_loop.total_batch_idx + 1
-        total = batches_in_all(trainer)
-        pace = (now - self._begun) / max(1, done - self._before)
-        self.left = None if total is None else max(0, total - done) * pace
+        pace = (now - self._begun) / max(1, module.batches_done - self._before)
+        self.left = max(0, module.batches_in_all - module.batches_done) * pace
         module.log("train/images_per_second", self.images_per_second)
 
 
@@ -151,42 +145,33 @@ class Progress(RichProgressBar):
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """What stands beside the bar: speed, time left, and what the module logs for it."""
         shown = {k: v for k, v in super().get_metrics(trainer, module).items() if k != "v_num"}
-        return {"images/s": f"{self.throughput.images_per_second:.2f}", "left": self._left(), **shown}
+        return {
+            "images/s": f"{self.throughput.images_per_second:.2f}",
+            "left": str(timedelta(seconds=round(self.throughput.left))),
+            **shown,
+        }
+
+    @property
+    def total_train_batches(self) -> int:
+        """Of the whole run: to Lightning, a run is one epoch without end."""
+        module: Any = self.trainer.lightning_module
+        return module.batches_in_all
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, module, outputs, batch, module.batches_done - 1)
         now = time.perf_counter()
         if self.bar or now < self._said + self.every or not trainer.is_global_zero:
             return
         self._said = now
         metrics = self.get_metrics(trainer, module)
         values = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-        where = f"epoch {trainer.current_epoch}, batch {batch_idx + 1} of {trainer.num_training_batches}"
+        where = f"epoch {module.epoch}, batch {module.batches_done} of {module.batches_in_all}"
         print(f"{where}: {values}", file=sys.stderr, flush=True)
 
-    def _left(self) -> str:
-        left = self.throughput.left
-        return "unknown" if left is None else str(timedelta(seconds=round(left)))
-
-
-def steps_done(trainer: Trainer) -> int:
-    """Steps of the run so far, one for both optimizers together."""
-    return trainer.global_step // max(1, len(trainer.optimizers))
-
-
-def batches_in_all(trainer: Trainer) -> int | None:
-    """Batches of this process in the whole run, None if there is no end."""
-    ends = []
-    per_epoch = trainer.num_training_batches
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and per_epoch != float("inf"):
-        ends.append(trainer.max_epochs * int(per_epoch))
-    if trainer.max_steps >= 0:
-        stepped = trainer.global_step
-        done = trainer.fit_loop.total_batch_idx + 1
-        ends.append(done + round((trainer.max_steps - stepped) * done / stepped) if stepped else done)
-    return min(ends) if ends else None
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"  # in place of Lightning's count of epochs
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,20 +21,13 @@ from gi_model.flow import FlowStage, Stage
 from gi_model.published import Published, export_published, load_published
 from gi_model.training.configuration import Configuration, OptimizerOptions, as_tree
 from gi_model.training.objective import Terms
+from gi_model.training.pictures import Sample
 from gi_model.training.step import Alternation, Batch, Step, filled
 from gi_model.training.watch import Watch
 
 #: Prefixes of the parts of a published checkpoint.
 GENERATOR, DISCRIMINATOR, AVERAGE = "generator.", "discriminator.", "generator_average."
 ENCODER, RAFT = "loss_resnet_pl.impl.", "flow.raft."
-
-
-class Pictured(NamedTuple):
-    """A batch, the prediction ``[B,3,H,W]``, and the attention of each block that has any."""
-
-    batch: Batch
-    predicted: torch.Tensor
-    attention: Sequence[Any]
 
 
 class TrainingModule(pl.LightningModule):
@@ -79,7 +72,7 @@ class TrainingModule(pl.LightningModule):
         self.unreadable = 0
         self.random_state: dict[str, Any] | None = None  # to be restored when the first batch comes
         self.wants_pictures = False
-        self.latest: Pictured | None = None
+        self.latest: Sample | None = None
         self._sums: list[torch.Tensor] = []
 
     def configure_optimizers(self) -> Any:
@@ -177,7 +170,7 @@ class TrainingModule(pl.LightningModule):
         return Batch.of_samples(samples, self.stages[0])
 
     @torch.no_grad()
-    def pictured(self, batch: Batch) -> Pictured:
+    def pictured(self, batch: Batch) -> Sample:
         """Prediction and attention of the generator in eval mode; attention is empty where there is none."""
         generator = self.step.generator
         attends = bool(getattr(generator, "attends", False))
@@ -187,7 +180,7 @@ class TrainingModule(pl.LightningModule):
             made = filled(generator, batch, return_attention=True) if attends else filled(generator, batch)
         finally:
             generator.train(training)
-        return Pictured(batch, *(made if attends else (made, [])))
+        return Sample(batch, *(made if attends else (made, [])))
 
     def on_validation_epoch_start(self) -> None:
         """Begin to count."""

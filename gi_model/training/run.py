@@ -13,7 +13,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from gi_kernels import backend
@@ -26,6 +25,7 @@ from gi_model.errors import InputError
 from gi_model.flow import RAFT, FlowStage, Stage
 from gi_model.generator import Generator
 from gi_model.published import load_published
+from gi_model.training.callbacks import loggers
 from gi_model.training.configuration import Configuration
 from gi_model.training.keeping import LAST, AtomicFiles, Last, Stopped, best
 from gi_model.training.module import DISCRIMINATOR, GENERATOR, TrainingModule, load_named
@@ -74,7 +74,7 @@ def train(
             num_nodes=configuration.nodes,
             precision=configuration.precision,  # type: ignore[arg-type]
             max_epochs=-1,  # the module says when it is over
-            logger=[TensorBoardLogger(folder, "tensorboard", ""), CSVLogger(folder, "csv")],
+            logger=loggers(folder),
             callbacks=[*callbacks, *kept, Last(checkpoints, configuration.save_every)],
             plugins=[AtomicFiles()],
             log_every_n_steps=configuration.log_every,
