@@ -120,6 +120,7 @@ bench:  ## benchmarks, their table and plot
 	$(BIN)/pytest benchmarks --benchmark-only
 	$(BIN)/pytest benchmarks/bench_end_to_end.py --benchmark-only
 	$(BIN)/python -m benchmarks.bench_propagation
+	$(BIN)/python -m benchmarks.bench_training
 	$(BIN)/python -m benchmarks.report
 
 CLIPS ?= build/clips

@@ -54,6 +54,9 @@ def _load(file: Path) -> dict[str, Any]:
     video = file.with_name("propagation.json")
     if video.exists():
         results["propagation"] = json.loads(video.read_text())["cases"]
+    learning = file.with_name("training.json")
+    if learning.exists():
+        results["training"] = json.loads(learning.read_text())
     steps = file.with_name("end_to_end.json")
     if steps.exists():
         results["cases"] += json.loads(steps.read_text())["cases"]
@@ -87,6 +90,8 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append("")
     if "propagation" in results:
         lines += ["## Video", "", *propagation(results)]
+    if "training" in results:
+        lines += ["## Training", "", *training(results)]
     return "\n".join(lines)
 
 
@@ -131,6 +136,35 @@ def propagation(results: Mapping[str, Any]) -> list[str]:
     return [*lines, "", "Decoding and encoding run beside the rest, in threads.", ""]
 
 
+def training(results: Mapping[str, Any]) -> list[str]:
+    """Speed and memory of whole training steps and of data loading, if they were measured."""
+    if "training" not in results:
+        return []
+    cases, loading = results["training"]["cases"], results["training"]["loading"]
+    first, published = cases[0], next(c for c in cases if c["style"] == "published")
+    lines = [
+        f"A whole training step, {first['batch']} of {first['size']}x{first['size']} with two references on "
+        f"the {first['device'].upper()}: flow on the fly, both passes, both optimizers "
+        "(`python -m benchmarks.bench_training`):",
+        "",
+        "| style | images per second | against published | peak memory |",
+        "|---|--:|--:|--:|",
+    ]
+    for case in cases:
+        ratio = case["images_per_second"] / published["images_per_second"]
+        lines.append(
+            f"| {case['style']} | {case['images_per_second']:.3g} | {_times_faster(ratio)} "
+            f"| {case['peak_bytes'] / 2**20:.0f} MiB |"
+        )
+    rate, batch = loading["images_per_second_per_core"], 1e3 * loading["computed_seconds_per_batch"]
+    made = (
+        f"Data loading makes {rate:.1f} images per second and core. Computed from that, not measured: "
+        f"{loading['cores']} cores make {loading['computed_images_per_second']:.0f}, a batch of "
+        f"{loading['batch']} in {batch:.0f} ms; a GPU whose step takes longer does not wait for data."
+    )
+    return [*lines, "", made, ""]
+
+
 def preface(results: Mapping[str, Any]) -> list[str]:
     """Machine, versions and limits in a few lines."""
     m, r = results["machine"], results["roofline"]
@@ -173,6 +207,7 @@ def section(readme: Path, loaded: Iterable[tuple[Path, Mapping[str, Any]]]) -> N
             *preface(results),
             "",
             *propagation(results),
+            *training(results),
         ]
     lines.append(END)
     before, rest = text.split(BEGIN, 1)
