@@ -195,6 +195,17 @@ def test_samples(photos: Path) -> None:
     assert not torch.equal(sample["image"], other["image"])
 
 
+def test_scaled_frames_are_the_published_ones_by_area(photos: Path) -> None:
+    whole, half = (small(photos, scale=scale)[Draw(7, 2)] for scale in (1, 0.5))
+    assert half["srcs"].shape == (2, 16, 16, 3) and half["srcs_masks"].shape == (2, 16, 16, 1)
+    means = whole["image"].reshape(16, 2, 16, 2, 3).mean(dim=(1, 3))
+    assert (half["image"] - means).abs().max() <= 1.01 / 127.5  # rounded to 8 bits
+    assert torch.equal(half["mask"], whole["mask"][::2, ::2])
+    for scale in (0, 1.5, 0.001):
+        with pytest.raises(InputError, match="scale: expected a number above 0, up to 1"):
+            small(photos, scale=scale)
+
+
 def test_workers_and_processes_draw_the_same(photos: Path) -> None:
     data = small(photos)
 

@@ -48,6 +48,8 @@ class Photos(Dataset):
         paths: the photos.
         size: pixels of a frame's side.
         references: frames beside the target.
+        scale: factor of the finished frames' size, up to 1, for small networks: pictures are resized by area,
+            masks to the nearest pixel. Published: 1.
         mask: kind of masks; the published mixture by default.
         easy: frames are crops of one view, nothing more.
         seed: of all random numbers.
@@ -61,6 +63,7 @@ class Photos(Dataset):
         *,
         size: int = 256,
         references: int = 2,
+        scale: float = 1,
         mask: Mask | None = None,
         easy: bool = False,
         seed: int = 23,
@@ -68,10 +71,13 @@ class Photos(Dataset):
         for name, value in (("size", size), ("references", references)):
             if value < 1:
                 raise InputError(f"{name}: expected at least 1, got {value}")
+        if not 0 < scale <= 1 or round(size * scale) < 1:
+            raise InputError(f"scale: expected a number above 0, up to 1, got {scale}")
         if not paths:
             raise InputError("paths: expected at least one photo, got none")
         self.paths = list(paths)
         self.references = references
+        self.side = round(size * scale)
         self.distortions = Distortions(size, easy)
         self.mask = mask or build_mask(**MASKS)
         self.seed = seed
@@ -109,13 +115,20 @@ class Photos(Dataset):
         """Target and references of a photo, and their masks.
 
         Returns:
-            ``[1+T,H,W,3]`` uint8 and ``[1+T,H,W]`` uint8, 0 or 255; the target comes first.
+            ``[1+T,H,W,3]`` uint8 and ``[1+T,H,W]`` uint8, 0 or 255, of ``side`` pixels; the target comes
+            first.
         """
         count, size = 1 + self.references, self.distortions.size
         view = self.distortions.shared(photo, rng)
         frames = np.stack([self.distortions.individual(view, rng) for _ in range(count)])
-        masks = [self.mask(rng, size, size, number * count + i) for i in range(count)]
-        return frames, np.stack(masks).astype(np.uint8) * 255
+        masks = np.stack([self.mask(rng, size, size, number * count + i) for i in range(count)])
+        masks = masks.astype(np.uint8) * 255
+        if self.side < size:
+            frames, masks = (
+                np.stack([cv2.resize(one, (self.side, self.side), interpolation=how) for one in whole])
+                for whole, how in ((frames, cv2.INTER_AREA), (masks, cv2.INTER_NEAREST))
+            )
+        return frames, masks
 
     def _photo(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """A photo, and how many could not be read before it was found."""

@@ -53,14 +53,15 @@ class ValidationOptions:
 class DataOptions:
     """Training samples.
 
-    ``photos`` is a folder; ``list`` a file that names some of them. ``masks`` are the published
-    ``mask_gen_kwargs``, ``mask_kind`` the published ``mask_generator_kind``. ``batch_size`` and ``workers``
-    are of one process.
+    ``photos`` is a folder; ``list`` a file that names some of them. Frames of ``size`` pixels are scaled by
+    ``scale`` when they are finished. ``masks`` are the published ``mask_gen_kwargs``, ``mask_kind`` the
+    published ``mask_generator_kind``. ``batch_size`` and ``workers`` are of one process.
     """
 
     photos: str = ""
     list: str | None = None
     size: int = 256
+    scale: float = 1
     references: int = 2
     masks: dict[str, Any] | None = None
     mask_kind: str = "mixed"

@@ -120,6 +120,7 @@ def build(configuration: Configuration) -> TrainingModule:
         find_photos(data.photos, data.list),
         size=data.size,
         references=data.references,
+        scale=data.scale,
         mask=build_mask(data.mask_kind, **(data.masks or (MASKS if data.mask_kind == "mixed" else {}))),
         easy=data.easy,
         seed=configuration.seed,
@@ -129,8 +130,11 @@ def build(configuration: Configuration) -> TrainingModule:
     pl.seed_everything(configuration.seed, verbose=False)
     generator = build_generator(configuration.generator)
     unit = 2**generator.downsamplings
-    if data.size % unit or data.size < 2 * unit:
-        raise InputError(f"data.size: expected a multiple of {unit}, at least {2 * unit}, got {data.size}")
+    if photos.side % unit or photos.side < 2 * unit:
+        raise InputError(
+            f"data.size, data.scale: expected frames of a multiple of {unit}, at least {2 * unit}, "
+            f"got {photos.side}"
+        )
     discriminator = Discriminator(3, configuration.discriminator.width, configuration.discriminator.layers)
     objective = Objective(
         losses.adversarial,
