@@ -15,8 +15,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(BIN):$(PATH)
 
 .PHONY: help demo install test lint types ctest unit interpret interpret-long fuzz variants emulate \
-        sanitize sanitize-short mutants install-ladder cuda-build cuda-record bench quality gpu-suite readme \
-        doctor clean
+        sanitize sanitize-short mutants install-ladder cuda-build cuda-record bench quality train-tiny gpu-suite \
+        readme doctor clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -128,6 +128,12 @@ quality: install  ## how good propagation is on clips with known truth: table, p
 	-$(BIN)/python -m benchmarks.clips $(CLIPS)
 	-$(BIN)/gi-model fetch-lpips
 	$(BIN)/python -m benchmarks.quality --clips $(CLIPS)
+
+TINY ?= build/tiny
+train-tiny: EXTRAS = video,training,evaluation,bench
+train-tiny: install  ## train a small generator on free photos; compare it on held-out ones: table, curve, pictures
+	$(BIN)/gi-model fetch-lpips
+	$(BIN)/python -m benchmarks.tiny $(TINY)
 
 readme:  ## the generated tables of README.md
 	$(BIN)/python -m gi_kernels.testing.tables README.md

@@ -182,7 +182,7 @@ setup(
         for top in ("gi_kernels", "gi_model")
         for p in sorted((ROOT / top).rglob("__init__.py"))
     ],
-    package_data={"gi_kernels": ["py.typed", "_C.pyi"], "gi_model": ["assets/*"]},
+    package_data={"gi_kernels": ["py.typed", "_C.pyi"], "gi_model": ["assets/*", "configs/*.yaml"]},
     install_requires=[TORCH, "numpy>=1.24"],
     # Required by the build only where the environment has no torch.
     setup_requires=[] if environment_torch() else [TORCH],

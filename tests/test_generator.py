@@ -672,7 +672,7 @@ def test_published_configurations_are_accepted_unchanged(name, tmp_path):
 
 
 def test_named_configurations():
-    kinds = {"ours": 4, "ours_big": 12, "ours_no_ffc": 6, "lama": 6, "transformer": 6}
+    kinds = {"ours": 4, "ours_big": 12, "ours_no_ffc": 6, "lama": 6, "transformer": 6, "tiny": 2}
     with torch.device("meta"):
         found = {name: build_generator(name) for name in configs.NAMED}
     assert {name: len(generator.blocks) for name, generator in found.items()} == kinds

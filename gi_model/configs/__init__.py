@@ -24,14 +24,19 @@ KINDS: dict[str, type[Generator]] = {
     "transformer": TransformerGenerator,
 }
 
-#: The published configurations.
+#: The published configurations, and a small one of our own.
 NAMED: dict[str, dict[str, Any]] = {
     "ours": {"kind": "two_stream", "blocks": 4},
     "ours_big": {"kind": "two_stream", "blocks": 12},
     "ours_no_ffc": {"kind": "two_stream", "blocks": 6, "refine": "conv"},
     "lama": {"kind": "lama"},
     "transformer": {"kind": "transformer"},
-}
+    # Not published: learns on a CPU within minutes, see tiny.yaml.
+    "tiny": {
+        "kind": "two_stream", "width": 16, "downsamplings": 2, "blocks": 2, "refine": "conv", "grid": 8,
+        "heads": 4, "window_heads": 4,
+    },
+}  # fmt: skip
 
 
 def build_generator(config: str | Path | Mapping[str, Any]) -> Generator:
@@ -40,7 +45,8 @@ def build_generator(config: str | Path | Mapping[str, Any]) -> Generator:
     Args:
         config: one of
 
-            - a name in ``NAMED``: ``ours``, ``ours_big``, ``ours_no_ffc``, ``lama``, ``transformer``;
+            - a name in ``NAMED``: ``ours``, ``ours_big``, ``ours_no_ffc``, ``lama``, ``transformer``,
+              ``tiny``;
             - our arguments: ``{"kind": "two_stream", "blocks": 4, ...}``, see ``KINDS``;
             - a published configuration as a tree: all of it, its ``generator`` section, or
               ``{"target": ..., "params": {...}}``;

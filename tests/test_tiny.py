@@ -1,0 +1,92 @@
+"""The small configuration, and how it is compared."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("cv2", reason="the [training] extra is not installed")
+pytest.importorskip("lightning", reason="the [training] extra is not installed")
+
+# After the installed package, which is what is tested.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import tiny
+from gi_model.configs import build_generator
+from gi_model.training.configuration import read_configuration
+
+ROWS = {
+    tiny.OURS: {"psnr": 20.0, "ssim": 0.5, "lpips": 0.3},
+    tiny.BLIND: {"psnr": 19.0, "ssim": 0.5, "lpips": 0.3},
+    tiny.TELEA: {"psnr": 17.0, "ssim": 0.4, "lpips": 0.4},
+    tiny.PROPAGATION: {"psnr": 18.0, "ssim": 0.4, "lpips": 0.4},
+}
+
+
+def sample(seed: int = 0) -> tiny.Sample:
+    rng = np.random.default_rng(seed)
+    frames = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(3)]
+    masks = [np.zeros((32, 32), bool) for _ in frames]
+    for i, mask in enumerate(masks):
+        mask[8 + i : 20, 6:18] = True
+    return tiny.Sample(frames, masks)
+
+
+def test_the_configuration_is_small_and_needs_no_weights() -> None:
+    read = read_configuration([str(tiny.CONFIGURATION)])
+    assert sum(p.numel() for p in build_generator(read.generator).parameters()) < 5e6
+    assert read.flow.kind == "dis" and read.losses.perceptual == 0
+    assert read.steps == read.schedule.max_decay_steps
+
+
+def test_no_photo_is_on_both_sides() -> None:
+    for package, (pattern, train, held_out) in tiny.PACKAGES.items():
+        assert "{}" in pattern and train and held_out, package
+        names = [*train.split(), *held_out.split()]
+        assert len(names) == len(set(names)), package
+
+
+@pytest.mark.parametrize(("name", "key"), [(tiny.TELEA, "lpips"), (tiny.PROPAGATION, "psnr")])
+def test_the_table_says_who_is_ahead(name: str, key: str) -> None:
+    text, won = tiny.report(ROWS, 9, 60.0)
+    assert won and "\nahead of both others" in text and "| Telea | 17.00 | 0.400 | 0.400 |" in text
+    level = {name: {**ROWS[name], key: ROWS[tiny.BLIND][key]}}
+    text, won = tiny.report({**ROWS, **level}, 9, 60.0)
+    assert not won and "not ahead of both others" in text
+
+
+def test_what_is_hidden_has_no_influence_on_blind_flow() -> None:
+    seen = sample()
+    other = sample(1)
+    frames = [
+        np.where(m[..., None], o, f) for f, o, m in zip(seen.frames, other.frames, seen.masks, strict=True)
+    ]
+    changed = replace(seen, frames=frames)
+
+    def flows(one: tiny.Sample, stage: tiny.DISStage) -> torch.Tensor:
+        images, masks, srcs, srcs_masks = tiny._tensors(one)
+        return torch.cat(
+            stage(torch.cat([images, masks], dim=1), torch.cat([srcs, srcs_masks], dim=2)), dim=2
+        )
+
+    assert torch.equal(flows(seen, tiny.BlindStage()), flows(changed, tiny.BlindStage()))
+    assert not torch.equal(flows(seen, tiny.DISStage()), flows(changed, tiny.DISStage()))
+    assert all(np.array_equal(a, b) for a, b in zip(seen.blanked, changed.blanked, strict=True))
+
+
+def test_measures_are_those_inside_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "lpips", lambda network: None)
+    monkeypatch.setattr(tiny, "masked_lpips", lambda metric, made, truth, mask: [0.25] * len(made))
+    one = sample()
+    truth, mask = one.frames[0].astype(int), one.masks[0]
+    off = np.where(mask[..., None], np.where(truth < 128, truth + 51, truth - 51), 255 - truth).astype(
+        np.uint8
+    )
+    rows = tiny.measure([one], {"same": [one.frames[0]], "off": [off]})
+    assert rows["same"] == {"psnr": 100.0, "ssim": pytest.approx(1, abs=1e-6), "lpips": 0.25}
+    assert rows["off"]["psnr"] == pytest.approx(-20 * np.log10(0.2)) and rows["off"]["ssim"] < 0.9
