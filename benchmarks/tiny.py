@@ -262,9 +262,9 @@ def report(rows: Mapping[str, Mapping[str, float]], count: int, seconds: float) 
 
 
 def save_pictures(samples: Sequence[Sample], results: Results, path: Path) -> None:
-    """A sheet of evenly chosen samples: what is seen, what each method makes of it, the truth."""
+    """A sheet of the first samples, each of another photo: what is seen, each method's, the truth."""
     rows = []
-    for i in range(0, len(samples), max(1, len(samples) // SHOWN))[:SHOWN]:
+    for i in range(min(SHOWN, len(samples))):
         made = [results[name][i] for name in (TELEA, PROPAGATION, BLIND)]
         rows.append([*samples[i].blanked, *made, samples[i].frames[0]])
     sheet = np.concatenate([np.concatenate(row, axis=1) for row in rows])
