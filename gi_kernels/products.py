@@ -28,6 +28,7 @@ _FUSES = _ONEDNN and all(
     for name in (
         "_convolution_pointwise",
         "_convolution_pointwise_",
+        "_convolution_transpose_pointwise",
         "_linear_pointwise",
         "_reorder_convolution_weight",
     )
@@ -129,6 +130,27 @@ def convolution_relu(
     pixels = x.contiguous(memory_format=torch.channels_last)
     return torch.ops.mkldnn._convolution_pointwise(
         pixels, weight, bias, [0, 0], [stride, stride], [1, 1], 1, "relu", [], "none"
+    )
+
+
+def transposed_convolution_relu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    padding: int = 0,
+    output_padding: int = 0,
+) -> torch.Tensor:
+    """``ReLU(F.conv_transpose2d(x, weight, bias, stride, padding, output_padding))``.
+
+    Without gradients by one pass over the result.
+    """
+    if not _in_one(x, weight, bias) or x.stride(1) != 1:
+        return F.relu(F.conv_transpose2d(x, weight, bias, stride, padding, output_padding), inplace=True)
+    pixels = x.contiguous(memory_format=torch.channels_last)
+    sizes = ([padding] * 2, [output_padding] * 2, [stride] * 2, [1, 1])
+    return torch.ops.mkldnn._convolution_transpose_pointwise(
+        pixels, weight, bias, *sizes, 1, "relu", [], "none"
     )
 
 

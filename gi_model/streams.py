@@ -28,7 +28,13 @@ from gi_kernels.nn import KeysValues, LatentAttention, WindowRead, WindowWrite
 from gi_kernels.norms import batch_norm
 from gi_kernels.ops.fused_convolution import Activation
 from gi_kernels.precision import accumulation_dtype
-from gi_kernels.products import convolution_relu, narrow_convolution, pointwise, strided_convolution
+from gi_kernels.products import (
+    convolution_relu,
+    narrow_convolution,
+    pointwise,
+    strided_convolution,
+    transposed_convolution_relu,
+)
 from gi_model.graphs import hold
 from gi_model.published import Names, renamed
 
@@ -486,7 +492,18 @@ class UpNormRelu(nn.Module):
         return batch_norm(up, self.norm, relu=True)
 
     def folded(self) -> nn.Module:
-        return nn.Sequential(fold_norm(self.conv, self.norm), nn.ReLU(inplace=True))
+        return FoldedUpRelu(self)
+
+
+class FoldedUpRelu(nn.Module):
+    """:class:`UpNormRelu` in eval mode."""
+
+    def __init__(self, source: UpNormRelu) -> None:
+        super().__init__()
+        self.conv = fold_norm(source.conv, source.norm)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return transposed_convolution_relu(x, self.conv.weight, self.conv.bias, 2, 1, 1)
 
 
 class Decoder(nn.Module):

@@ -123,6 +123,26 @@ def test_convolution_relu(dtype, layout, stride):
         assert_close(found, [t.to(dtype) for t in gradients(call, exact)], TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("output_padding", [0, 1])
+def test_transposed_convolution_relu(dtype, layout, output_padding):
+    x, weight, bias = operands((2, 6, 5, 4), 5, 6 * 9, torch.float64)
+    exact = [x, weight.unflatten(1, (6, 3, 3)).transpose(0, 1), bias]
+    x, weight, bias = (t.to(dtype) for t in exact)
+    if layout != "contiguous":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        x = torch.cat([x, torch.full_like(x, torch.nan)], dim=1)[:, :6]
+    sizes = (2, 1, output_padding)
+    call = lambda *t: F.relu(F.conv_transpose2d(*t, *sizes))  # noqa: E731
+    found = products.transposed_convolution_relu(x, weight, bias, *sizes)
+    assert_close([found], [call(*exact).to(dtype)], TOLERANCE[dtype])
+    if dtype.itemsize > 2:  # rounding moves small numbers across zero
+        found = gradients(lambda *t: products.transposed_convolution_relu(*t, *sizes), [x, weight, bias])
+        assert_close(found, [t.to(dtype) for t in gradients(call, exact)], TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("output_padding", [None, 1], ids=["strided", "transposed"])
