@@ -11,7 +11,7 @@ from torch import nn
 from gi_kernels import checks
 from gi_kernels.nn import KeysValues, LatentAttention, check_heads
 from gi_model.generator import CrossingGenerator, Generator
-from gi_model.published import Names, renamed
+from gi_model.published import Names, identical, renamed
 from gi_model.references import References
 from gi_model.streams import (
     ConvNormRelu,
@@ -176,3 +176,7 @@ class TransformerGenerator(CrossingGenerator):
         self.blocks = nn.ModuleList(TransformerBlock(C, heads) for _ in range(blocks))
         self.aggregations = nn.ModuleList()
         self._finish(out_channels)
+
+    def published_names(self) -> Names:
+        """Its own: there are no others."""
+        return identical(self)

@@ -255,7 +255,7 @@ def test_watch() -> None:
         (["--config", "tiny.yaml", "steps=many"], "steps: expected a whole number, got str 'many'"),
         (["--config", "tiny.yaml", "losses.perceptual=30"], "leave the term out with --no-perceptual"),
         (["--config", "tiny.yaml", "losses.perceptual=30", "losses.perceptual_weights=x.pth"], "x.pth"),
-        (["--config", "tiny.yaml", "data.size=30"], "data.size: expected a multiple of 4"),
+        (["--config", "tiny.yaml", "data.size=30"], "data.scale: expected frames of a multiple of 4"),
         (["--config", "tiny.yaml", "generator.aggregates=true"], "this generator needs flow"),
         (["--config", "tiny.yaml", "generator.aggregates=true", "--flow", "raft"], "weights of RAFT"),
         (["--config", "tiny.yaml", "--gpus", "0,"], "no GPU"),

@@ -11,7 +11,7 @@ from gi_model.configs import build_generator
 from gi_model.errors import InputError
 from gi_model.flow import RAFT, DISStage, FlowStage, Stage
 from gi_model.generator import Generator
-from gi_model.published import Published, load_published
+from gi_model.published import load_published
 
 
 class Filler:
@@ -82,22 +82,11 @@ def load_filler(
         InputError: a file cannot be read or does not fit, an unknown configuration, or no weights of RAFT.
     """
     generator = build_generator(config)
-    _load(generator, load_checkpoint(checkpoint, part="generator"))
+    load_published(generator, load_checkpoint(checkpoint, part="generator"))
     stage: Stage | None = None
     if len(getattr(generator, "aggregations", ())):
         stage = DISStage() if flow == "dis" else _raft_stage(checkpoint, flow_checkpoint).to(device)
     return Filler(generator.eval().for_inference().to(device), stage)
-
-
-def _load(generator: Generator, state: dict[str, torch.Tensor]) -> None:
-    """Load weights under their published names, or, of what was never published, under our own."""
-    if isinstance(generator, Published):
-        load_published(generator, state)
-        return
-    try:
-        generator.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"--checkpoint: {error}") from error
 
 
 def _raft_stage(checkpoint: str | Path, flow_checkpoint: str | Path | None) -> FlowStage:

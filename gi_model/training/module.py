@@ -18,11 +18,11 @@ from gi_model.data.loading import loader
 from gi_model.errors import InputError
 from gi_model.evaluation.similarity import ssim_map
 from gi_model.flow import FlowStage, Stage
-from gi_model.published import Published, export_published, load_published
+from gi_model.published import export_published, load_published
 from gi_model.training.configuration import Configuration, OptimizerOptions, as_tree
 from gi_model.training.objective import Terms
 from gi_model.training.pictures import Sample
-from gi_model.training.step import Alternation, Batch, Step, filled
+from gi_model.training.step import Alternation, Batch, Step, evaluating, filled
 from gi_model.training.watch import Watch
 
 #: Prefixes of the parts of a published checkpoint.
@@ -174,12 +174,8 @@ class TrainingModule(pl.LightningModule):
         """Prediction and attention of the generator in eval mode; attention is empty where there is none."""
         generator = self.step.generator
         attends = bool(getattr(generator, "attends", False))
-        training = generator.training
-        generator.eval()
-        try:
+        with evaluating(generator):
             made = filled(generator, batch, return_attention=True) if attends else filled(generator, batch)
-        finally:
-            generator.train(training)
         return Sample(batch, *(made if attends else (made, [])))
 
     def on_validation_epoch_start(self) -> None:
@@ -245,14 +241,14 @@ class TrainingModule(pl.LightningModule):
 
     def published_state(self) -> dict[str, torch.Tensor]:
         """All weights under their published names; a generator that was never published keeps its own."""
-        state = named_state(self.step.generator, GENERATOR)
-        state |= named_state(self.step.discriminator, DISCRIMINATOR)
+        state = export_published(self.step.generator, GENERATOR)
+        state |= export_published(self.step.discriminator, DISCRIMINATOR)
         if isinstance(self.stages[0], FlowStage):
-            state |= named_state(self.stages[0].raft, RAFT)
+            state |= export_published(self.stages[0].raft, RAFT)
         if self.step.objective.perceptual is not None:
-            state |= named_state(self.step.objective.perceptual.encoder, ENCODER)
+            state |= export_published(self.step.objective.perceptual.encoder, ENCODER)
         if self.average is not None:
-            state |= named_state(self.average.module, AVERAGE)
+            state |= export_published(self.average.module, AVERAGE)
         return state
 
     def load_published_state(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -261,12 +257,12 @@ class TrainingModule(pl.LightningModule):
         Raises:
             InputError: some are missing or do not fit.
         """
-        load_named(self.step.generator, state, GENERATOR)
-        load_named(self.step.discriminator, state, DISCRIMINATOR)
+        load_published(self.step.generator, state, GENERATOR)
+        load_published(self.step.discriminator, state, DISCRIMINATOR)
         if self.step.objective.perceptual is not None:
-            load_named(self.step.objective.perceptual.encoder, state, ENCODER)
+            load_published(self.step.objective.perceptual.encoder, state, ENCODER)
         if self.average is not None:
-            load_named(self.average.module, state, AVERAGE)
+            load_published(self.average.module, state, AVERAGE)
 
     def _inspect(self, which: int, terms: Terms) -> None:
         """Stop before a loss that is lost is learnt from; log terms, as means over the processes."""
@@ -301,29 +297,6 @@ def masked_quality(composite: torch.Tensor, image: torch.Tensor, mask: torch.Ten
     psnr = -10 * error.clamp(min=1e-10).log10()
     counted = numbers > 0
     return torch.stack([psnr[counted].sum(), similarity[counted].sum(), counted.sum()]).double()
-
-
-def named_state(module: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
-    """The weights of ``module`` behind ``prefix``, under published names where there are any."""
-    if isinstance(module, Published):
-        return export_published(module, prefix)
-    return {prefix + key: value for key, value in module.state_dict().items()}
-
-
-def load_named(module: nn.Module, state: Mapping[str, torch.Tensor], prefix: str) -> None:
-    """The reverse of :func:`named_state`.
-
-    Raises:
-        InputError: weights are missing or do not fit.
-    """
-    if isinstance(module, Published):
-        load_published(module, state, prefix)
-        return
-    given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    try:
-        module.load_state_dict(given)
-    except RuntimeError as error:
-        raise InputError(f"state_dict: {error}") from error
 
 
 class _Share(torch.utils.data.Dataset):

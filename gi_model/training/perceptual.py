@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gi_model.errors import InputError
+from gi_model.published import Names, identical
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 COUNTER = "num_batches_tracked"
@@ -46,6 +47,10 @@ class SceneEncoder(nn.Module):
             x = layer(x)
             features.append(x)
         return features
+
+    def published_names(self) -> Names:
+        """Those of the encoder files."""
+        return identical(self)
 
 
 class PerceptualLoss(nn.Module):

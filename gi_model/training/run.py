@@ -28,7 +28,7 @@ from gi_model.published import load_published
 from gi_model.training.callbacks import loggers
 from gi_model.training.configuration import Configuration
 from gi_model.training.keeping import LAST, AtomicFiles, Last, Stopped, best
-from gi_model.training.module import DISCRIMINATOR, GENERATOR, TrainingModule, load_named
+from gi_model.training.module import DISCRIMINATOR, GENERATOR, TrainingModule
 from gi_model.training.objective import Objective, Weights
 from gi_model.training.perceptual import PerceptualLoss
 from gi_model.training.step import Step
@@ -190,9 +190,9 @@ def _begin_with(path: str, generator: Generator, discriminator: Discriminator) -
     if not Path(path).is_file():
         raise InputError(f"weights: {path} does not exist")
     state = load_checkpoint(path)
-    load_named(generator, state, GENERATOR)
+    load_published(generator, state, GENERATOR)
     if any(key.startswith(DISCRIMINATOR) for key in state):
-        load_named(discriminator, state, DISCRIMINATOR)
+        load_published(discriminator, state, DISCRIMINATOR)
 
 
 def _devices(configuration: Configuration) -> dict[str, Any]:
