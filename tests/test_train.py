@@ -363,6 +363,9 @@ def test_quality_is_measured_inside_the_mask() -> None:
     psnr, ssim, count = masked_quality(image + 0.1 * mask, image, mask).tolist()
     assert count == 1 and psnr == pytest.approx(20, abs=1e-3) and 0 < ssim < 1
     assert masked_quality(image, image, mask).tolist() == pytest.approx([100, 1, 1])
+    quality = masked_quality(image + 0.1 * mask, image, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(masked_quality(image + 0.1 * mask, image, mask), quality)
 
 
 SEVERAL = """

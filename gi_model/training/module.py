@@ -293,7 +293,9 @@ def masked_quality(composite: torch.Tensor, image: torch.Tensor, mask: torch.Ten
     """
     numbers = 3 * mask.sum(dim=(1, 2, 3))
     error = (mask * (composite - image) ** 2).sum(dim=(1, 2, 3)) / numbers.clamp(min=1)
-    similarity = (mask * ssim_map(composite, image)).sum(dim=(1, 2, 3)) / numbers.clamp(min=1)
+    with torch.autocast(image.device.type, enabled=False):  # variances are small differences
+        index = ssim_map(composite, image)
+    similarity = (mask * index).sum(dim=(1, 2, 3)) / numbers.clamp(min=1)
     psnr = -10 * error.clamp(min=1e-10).log10()
     counted = numbers > 0
     return torch.stack([psnr[counted].sum(), similarity[counted].sum(), counted.sum()]).double()
