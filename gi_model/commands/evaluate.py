@@ -41,9 +41,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--flow-checkpoint", metavar="FILE", help="weights of RAFT, where the checkpoint holds none")
     add(
         "--flow",
-        choices=("raft", "dis"),
+        choices=("raft", "dis", "planar"),
         default="raft",
-        help="dis needs no weights, but is not as published",
+        help="dis and planar need no weights, but are not as published",
     )
     add("--lpips", nargs="+", metavar="FILE", help="weights of VGG16 and heads (default: of fetch-lpips)")
     add("--inception", metavar="FILE", help="for FID: pt_inception-2015-12-05-6726825d.pth")

@@ -56,7 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep the perceptual encoder in eval mode (published: its batch norms are in training mode)",
     )
-    how.add_argument("--flow", choices=("raft", "dis", "none"), help="dis needs no weights")
+    how.add_argument(
+        "--flow", choices=("raft", "dis", "planar", "none"), help="dis and planar need no weights"
+    )
     how.add_argument("--flow-checkpoint", metavar="FILE", help="weights of RAFT, such as raft-things.pth")
     how.add_argument("--ema", type=float, metavar="DECAY", help="validate an average of the generator")
     how.add_argument(

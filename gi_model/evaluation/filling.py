@@ -9,7 +9,7 @@ import torch
 from gi_model.checkpoints import CheckpointError, load_checkpoint
 from gi_model.configs import build_generator
 from gi_model.errors import InputError
-from gi_model.flow import RAFT, DISStage, FlowStage, Stage
+from gi_model.flow import RAFT, DISStage, FlowStage, PlanarStage, Stage
 from gi_model.generator import Generator
 from gi_model.published import load_published
 
@@ -75,7 +75,7 @@ def load_filler(
         config: see ``build_generator``.
         checkpoint: with the generator's weights below ``generator``.
         flow_checkpoint: weights of RAFT, or ``None`` for those below ``flow.raft`` in ``checkpoint``.
-        flow: ``raft``, as published, or ``dis``, which needs no weights.
+        flow: ``raft``, as published, or ``dis`` or ``planar``, which need no weights.
         device: where to compute.
 
     Raises:
@@ -85,7 +85,8 @@ def load_filler(
     load_published(generator, load_checkpoint(checkpoint, part="generator"))
     stage: Stage | None = None
     if len(getattr(generator, "aggregations", ())):
-        stage = DISStage() if flow == "dis" else _raft_stage(checkpoint, flow_checkpoint).to(device)
+        without: dict[str, type[Stage]] = {"dis": DISStage, "planar": PlanarStage}
+        stage = without[flow]() if flow in without else _raft_stage(checkpoint, flow_checkpoint).to(device)
     return Filler(generator.eval().for_inference().to(device), stage)
 
 
@@ -98,7 +99,7 @@ def _raft_stage(checkpoint: str | Path, flow_checkpoint: str | Path | None) -> F
         except CheckpointError as error:
             raise InputError(
                 f"--flow-checkpoint: expected weights of RAFT, {checkpoint} has none ({error}); "
-                "with --flow dis flow needs no weights, but it is not the published one"
+                "with --flow dis or planar flow needs no weights, but it is not the published one"
             ) from error
     raft = RAFT(small="update_block.mask.0.weight" not in state)
     load_published(raft, state)

@@ -1,4 +1,4 @@
-"""Optical flow between frames: RAFT and OpenCV's DIS, by themselves and as stages of a model.
+"""Optical flow between frames: RAFT, OpenCV's DIS and homographies, by themselves and as stages of a model.
 
 An estimator maps two images to a flow (:class:`FlowEstimator`). A stage maps a target and its
 references to completed flows and their errors (:class:`Stage`).
@@ -16,6 +16,7 @@ from gi_model.flow.stage import FlowStage, FrameEncoding
 
 if TYPE_CHECKING:
     from gi_model.flow.dis import DISFlow, DISStage
+    from gi_model.flow.planar import PlanarStage
 
 __all__ = [
     "RAFT",
@@ -25,6 +26,7 @@ __all__ = [
     "FlowStage",
     "FrameEncoding",
     "ImageEncoding",
+    "PlanarStage",
     "Stage",
 ]
 
@@ -58,9 +60,13 @@ class Stage(Protocol):
 
 
 def __getattr__(name: str) -> Any:
-    # Only what uses DIS needs OpenCV.
+    # Only what uses these needs OpenCV.
     if name in ("DISFlow", "DISStage"):
         from gi_model.flow import dis
 
         return getattr(dis, name)
+    if name == "PlanarStage":
+        from gi_model.flow.planar import PlanarStage
+
+        return PlanarStage
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,7 +30,7 @@ class DiscriminatorOptions:
 
 @dataclass(frozen=True)
 class FlowOptions:
-    """Where flow comes from: ``raft`` with weights, ``dis`` without any, ``none`` for generators without.
+    """Where flow comes from: ``raft`` with weights, ``dis`` or ``planar`` without, ``none`` for no flow.
 
     ``resolution`` is the height and width at which RAFT sees the frames.
     """
@@ -181,8 +181,8 @@ class Configuration:
                 raise InputError(f"config: optimizer kind: expected adam, adamw, got {which.kind!r}")
             if len(which.betas) != 2:
                 raise InputError(f"config: optimizer betas: expected two numbers, got {list(which.betas)}")
-        if self.flow.kind not in ("raft", "dis", "none"):
-            raise InputError(f"config: flow.kind: expected raft, dis, none, got {self.flow.kind!r}")
+        if self.flow.kind not in ("raft", "dis", "planar", "none"):
+            raise InputError(f"config: flow.kind: expected raft, dis, planar, none, got {self.flow.kind!r}")
 
     def rate(self, processes: int) -> float:
         """The learning rate of a run of so many processes, before schedule and factors."""

@@ -167,12 +167,16 @@ def _stage(configuration: Configuration, generator: Generator) -> Stage | None:
     if not needed:
         return None
     if flow.kind == "none":
-        raise InputError("flow.kind: this generator needs flow, expected raft or dis, got none")
+        raise InputError("flow.kind: this generator needs flow, expected raft, dis or planar, got none")
     if flow.kind == "dis":
         from gi_model.flow import DISStage
 
         return DISStage()
-    how = "flow.checkpoint=FILE (such as raft-things.pth), or flow.kind=dis, which needs none"
+    if flow.kind == "planar":
+        from gi_model.flow import PlanarStage
+
+        return PlanarStage()
+    how = "flow.checkpoint=FILE (such as raft-things.pth), or flow.kind=dis or planar, which need none"
     if flow.checkpoint is None:
         raise InputError(f"flow.checkpoint: expected weights of RAFT, got none; {how}")
     if not Path(flow.checkpoint).is_file():
