@@ -33,7 +33,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "transformer": {"kind": "transformer"},
     # Not published: learns on a CPU within minutes, see tiny.yaml.
     "tiny": {
-        "kind": "two_stream", "width": 16, "downsamplings": 2, "blocks": 2, "refine": "conv", "grid": 8,
+        "kind": "two_stream", "width": 16, "downsamplings": 1, "blocks": 2, "refine": "conv", "grid": 8,
         "heads": 4, "window_heads": 4,
     },
 }  # fmt: skip
