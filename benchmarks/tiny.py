@@ -37,6 +37,7 @@ from gi_model.evaluation.video import masked_lpips
 from gi_model.flow import PlanarStage, Stage
 from gi_model.propagation import Propagator, inpaint_frame
 from gi_model.published import load_published
+from gi_model.sheet import tabulate
 from gi_model.staging import staged, staged_folder
 from gi_model.training.configuration import configuration, merged, read_tree
 from gi_model.training.run import train
@@ -266,18 +267,15 @@ def report(rows: Mapping[str, Mapping[str, float]], count: int, seconds: float) 
 
 def save_pictures(samples: Sequence[Sample], results: Results, path: Path) -> None:
     """A sheet of the first samples, each of another photo: what is seen, each method's, the truth."""
+    titles = ("target", "reference", "reference", TELEA, PROPAGATION, WARP, OURS, "truth")
     rows = []
     for i in range(min(SHOWN, len(samples))):
         made = [results[name][i] for name in (TELEA, PROPAGATION, WARP, OURS)]
-        rows.append([*samples[i].blanked, *made, samples[i].frames[0]])
-    sheet = np.concatenate([np.concatenate(row, axis=1) for row in rows])
-    sheet = cv2.resize(sheet, None, fx=ENLARGED, fy=ENLARGED, interpolation=cv2.INTER_CUBIC)
-    side = rows[0][0].shape[1] * ENLARGED
-    heading = np.full((20, sheet.shape[1], 3), 255, np.uint8)
-    for i, text in enumerate(("target", "reference", "reference", TELEA, PROPAGATION, WARP, OURS, "truth")):
-        at = i * side + 4, 15
-        cv2.putText(heading, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-    sheet = np.concatenate([heading, sheet])
+        pictures = [*samples[i].blanked, *made, samples[i].frames[0]]
+        rows.append(
+            [cv2.resize(p, None, fx=ENLARGED, fy=ENLARGED, interpolation=cv2.INTER_CUBIC) for p in pictures]
+        )
+    sheet = tabulate(titles, rows)
     with staged(path) as temporary:
         cv2.imwrite(str(temporary), sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
 

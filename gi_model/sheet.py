@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -50,6 +51,14 @@ def tabulate(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray]]) -> np.
     headings = [_heading(title, rows[0][0].shape[1]) for title in titles]
     lines = [_joined(headings), *(_lined(_joined(row), 0) for row in rows)]
     return np.concatenate(lines, axis=0)[:-LINE]
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """A PNG of an RGB picture ``[H,W,3]`` or of one channel ``[H,W]``, uint8."""
+    if picture.ndim == 3:
+        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    _, data = cv2.imencode(".png", picture)
+    path.write_bytes(data.tobytes())
 
 
 def _joined(pictures: Sequence[np.ndarray]) -> np.ndarray:

@@ -10,22 +10,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from documents import SmallInception, text_and_lines
 
 from gi_model import build_generator, cli, configs, export_published
 from gi_model.evaluation import loading
 from gi_model.evaluation.i3d import I3D
 
-TEXT = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
-LINES = "\n".join(re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
-COMMANDS = [line for line in LINES.splitlines() if "gi-model evaluate" in line]
+TEXT, LINES = text_and_lines("evaluation.md")
+COMMANDS = [line for line in LINES if "gi-model evaluate" in line]
 TINY = {"kind": "two_stream", "blocks": 1, "width": 8, "max_width": 16, "downsamplings": 2}
-
-
-class SmallInception(torch.nn.Module):
-    """In place of Inception, whose weights and time a test need not spend."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
 
 
 @pytest.fixture

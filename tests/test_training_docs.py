@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 cv2 = pytest.importorskip("cv2", reason="the [training] extra is not installed")
 pytest.importorskip("lightning", reason="the [training] extra is not installed")
 pytest.importorskip("tensorboard", reason="the [training] extra is not installed")
 
+from documents import SmallInception, text_and_lines  # noqa: E402
+
 from gi_model import cli, configs  # noqa: E402
 from gi_model.evaluation import loading  # noqa: E402
 
-TEXT = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-LINES = "\n".join(re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
-COMMANDS = [line for line in LINES.splitlines() if line.startswith("gi-model ")]
+TEXT, LINES = text_and_lines("training.md")
+COMMANDS = [line for line in LINES if line.startswith("gi-model ")]
 TINY = {
     "kind": "two_stream", "width": 4, "blocks": 1, "max_width": 16, "downsamplings": 2, "grid": 2,
     "groups": 2, "heads": 2, "window_heads": 2, "refine": "conv",
@@ -30,13 +30,6 @@ discriminator: {width: 4, layers: 1}
 accumulate: 1
 log_every: 1
 """
-
-
-class SmallInception(torch.nn.Module):
-    """In place of Inception, whose weights and time a test need not spend."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
 
 
 @pytest.fixture

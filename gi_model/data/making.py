@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from gi_model.data.photos import PATIENCE, Photos, read_photo
 from gi_model.errors import InputError
+from gi_model.sheet import write_png
 from gi_model.staging import staged_folder
 
 LIST = "filelist.txt"
@@ -56,15 +56,7 @@ def _written(photos: Photos, folder: Path, count: int) -> Iterator[int]:
             pictures[f"{stem}_src_{i:06d}_m.png"] = masks[1 + i]
             pictures[f"{stem}_src_{i:06d}.png"] = frames[1 + i]
         for name, picture in pictures.items():
-            _write(folder / name, picture)
+            write_png(folder / name, picture)
         names += pictures
         yield number
     (folder / LIST).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-
-
-def _write(path: Path, picture: np.ndarray) -> None:
-    """A PNG of an RGB image or of a mask."""
-    if picture.ndim == 3:
-        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-    _, data = cv2.imencode(".png", picture)
-    path.write_bytes(data.tobytes())

@@ -101,6 +101,4 @@ def _raft_stage(checkpoint: str | Path, flow_checkpoint: str | Path | None) -> F
                 f"--flow-checkpoint: expected weights of RAFT, {checkpoint} has none ({error}); "
                 "with --flow dis or planar flow needs no weights, but it is not the published one"
             ) from error
-    raft = RAFT(small="update_block.mask.0.weight" not in state)
-    load_published(raft, state)
-    return FlowStage(raft)
+    return FlowStage(RAFT.of_published(state))

@@ -26,7 +26,7 @@ class DISFlow:
 
     def __call__(self, image1: torch.Tensor, image2: torch.Tensor) -> torch.Tensor:
         """Flow ``[B,2,H,W]`` in pixels, x first, from ``image1`` to ``image2`` (``[B,3,H,W]`` uint8)."""
-        flows = [self._estimate(_grey(a), _grey(b)) for a, b in zip(image1, image2, strict=True)]
+        flows = [self._estimate(grey(a), grey(b)) for a, b in zip(image1, image2, strict=True)]
         return torch.from_numpy(np.stack(flows))
 
     def _estimate(self, image1: np.ndarray, image2: np.ndarray) -> np.ndarray:
@@ -65,7 +65,7 @@ class DISStage:
         """
         target, *others = check_frames(target, sources)
         mask = target[:, 3:].to(accumulation_dtype(target.dtype))
-        first, second = _bytes(torch.cat([target] * len(others))), _bytes(torch.cat(others))
+        first, second = bytes_of(torch.cat([target] * len(others))), bytes_of(torch.cat(others))
         flow, backward = (
             self.estimator(*pair).to(target.device) for pair in ((first, second), (second, first))
         )
@@ -78,11 +78,11 @@ class DISStage:
         return rgba
 
 
-def _grey(image: torch.Tensor) -> np.ndarray:
+def grey(image: torch.Tensor) -> np.ndarray:
     """``[3,H,W]`` RGB -> ``[H,W]``."""
     return cv2.cvtColor(np.ascontiguousarray(image.numpy().transpose(1, 2, 0)), cv2.COLOR_RGB2GRAY)
 
 
-def _bytes(frames: torch.Tensor) -> torch.Tensor:
+def bytes_of(frames: torch.Tensor) -> torch.Tensor:
     """Colours of ``[N,4,H,W]`` in [0, 1] -> ``[N,3,H,W]`` uint8."""
     return (255 * frames[:, :3].float().cpu()).round().clamp(0, 255).byte()

@@ -10,8 +10,7 @@ import cv2
 import numpy as np
 import torch
 
-from gi_kernels import checks
-from gi_model.flow.dis import DISStage
+from gi_model.flow.dis import DISStage, bytes_of, grey
 from gi_model.flow.stage import by_source, check_frames
 from gi_model.propagation.engine import inpaint_frame
 
@@ -24,13 +23,13 @@ class _Features:
     descriptors: np.ndarray
 
 
-class PlanarStage:
-    r"""A :class:`~gi_model.flow.Stage` for scenes that move like a plane: rotated, scaled, tilted.
+class PlanarStage(DISStage):
+    r"""A :class:`~gi_model.flow.DISStage` for scenes that move like a plane: rotated, scaled, tilted.
 
     Per pair, SIFT features of what is not masked are matched, and MAGSAC finds a homography ``H`` from the
     target to the source. The flow is :math:`H(p) - p`, inside the mask as well; the error is one number for
     all of the pair's pixels, the mean distance in pixels of matches that agree with ``H``. A pair for which
-    fewer than 8 agree gets flow and error of :class:`~gi_model.flow.DISStage`.
+    fewer than 8 agree gets flow and error by DIS. Arguments, results and errors are those of its class.
 
     What is masked has no influence: it is inpainted first, for either method. Frames whose shorter side is
     below 128 pixels are enlarged to find features in them. Results are the same each time; to that end
@@ -48,7 +47,7 @@ class PlanarStage:
     INLIERS = 8
 
     def __init__(self) -> None:
-        self.fallback = DISStage()
+        super().__init__()
         self._sift = cv2.SIFT.create(1000, contrastThreshold=0.003)
         self._matcher = cv2.BFMatcher.create(cv2.NORM_L2)
 
@@ -56,18 +55,7 @@ class PlanarStage:
     def __call__(
         self, target: torch.Tensor, sources: torch.Tensor | Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flow and error.
-
-        Args:
-            target: ``[B,4,H,W]``, RGB and mask in [0, 1], any floating dtype.
-            sources: ``[B,T,4,H,W]``, or a sequence of T frames ``[B,4,H,W]``.
-
-        Returns:
-            Flow ``[B,T,2,H,W]`` in pixels, x first, and error ``[B,T,1,H,W]``, both float32.
-
-        Raises:
-            TypeError, ValueError: an argument of the wrong type, rank, size or device; before any work.
-        """
+        """Flow and error."""
         frames = check_frames(target, sources)
         count, (batch, _, height, width) = len(frames) - 1, frames[0].shape
         inpainted = [torch.stack([_inpainted(one) for one in frame.cpu()]) for frame in frames]
@@ -84,27 +72,22 @@ class PlanarStage:
                 flow[pair], error[pair] = _flow(found[0], height, width), found[1]
         if failed:
             first = torch.cat([inpainted[0]] * count)[failed]
-            dense, dense_error = self.fallback(first, [torch.cat(inpainted[1:])[failed]])
+            dense, dense_error = super().__call__(first, [torch.cat(inpainted[1:])[failed]])
             flow[failed], error[failed] = dense[:, 0], dense_error[:, 0]
         device = frames[0].device
         return by_source(flow.to(device), count), by_source(error.to(device), count)
 
-    def encode(self, rgba: torch.Tensor) -> torch.Tensor:
-        """Frames ``[B,4,H,W]`` as they are."""
-        checks.shapes(("rgba", rgba, "B 4 H W"))
-        return rgba
-
     def _features(self, frame: torch.Tensor) -> _Features:
         """Those of ``[4,H,W]`` that are not masked."""
-        grey: np.ndarray = cv2.cvtColor(_pixels(frame), cv2.COLOR_RGB2GRAY)
+        picture = grey(bytes_of(frame[None])[0])
         seen: np.ndarray = np.where(frame[3].numpy() > 0, 0, 255).astype(np.uint8)
-        factor = max(1, math.ceil(self.SHORTER_SIDE / min(grey.shape)))
+        factor = max(1, math.ceil(self.SHORTER_SIDE / min(picture.shape)))
         if factor > 1:
-            grey = cv2.resize(grey, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+            picture = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
             seen = cv2.resize(seen, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
         # Features of a mask's border would move with the mask.
         seen = cv2.erode(seen, np.ones((5, 5), np.uint8))
-        keypoints, descriptors = self._sift.detectAndCompute(grey, seen)
+        keypoints, descriptors = self._sift.detectAndCompute(picture, seen)
         points = np.array([k.pt for k in keypoints], np.float64).reshape(-1, 2)
         if descriptors is None:
             descriptors = np.empty((0, 128), np.float32)
@@ -145,14 +128,9 @@ class PlanarStage:
 def _inpainted(frame: torch.Tensor) -> torch.Tensor:
     """``[4,H,W]``, RGB and mask -> float32, and independent of what the mask hides."""
     mask = frame[3].float()
-    pixels = inpaint_frame(_pixels(frame), mask.numpy() > 0)
+    colours = bytes_of(frame[None])[0].permute(1, 2, 0).contiguous().numpy()
+    pixels = inpaint_frame(colours, mask.numpy() > 0)
     return torch.cat([torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, mask[None]])
-
-
-def _pixels(frame: torch.Tensor) -> np.ndarray:
-    """Colours of ``[4,H,W]`` in [0, 1] -> ``[H,W,3]`` uint8."""
-    colours = (255 * frame[:3].float()).round().clamp(0, 255).byte()
-    return colours.permute(1, 2, 0).contiguous().numpy()
 
 
 def _flow(matrix: np.ndarray, height: int, width: int) -> torch.Tensor:

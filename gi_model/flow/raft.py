@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from gi_kernels import CorrelationPyramid, checks, convex_upsample
 from gi_kernels.precision import accumulation_dtype
 from gi_model.flow.encoder import Encoder
 from gi_model.flow.update import Update
+from gi_model.published import load_published
 
 LEVELS = 4
 #: Ratio of an image's size to its features'.
@@ -94,6 +95,17 @@ class RAFT(nn.Module):
     def train(self, mode: bool = True) -> RAFT:
         """Stay in eval mode: the published network is frozen, also while others train."""
         return super().train(False)
+
+    @classmethod
+    def of_published(cls, state: Mapping[str, torch.Tensor]) -> RAFT:
+        """The network, small or not, whose published weights these are.
+
+        Raises:
+            InputError: they fit neither.
+        """
+        raft = cls(small="update_block.mask.0.weight" not in state)
+        load_published(raft, state)
+        return raft
 
     def forward(self, image1: torch.Tensor, image2: torch.Tensor, iterations: int = 20) -> torch.Tensor:
         """Flow from ``image1`` to ``image2``.

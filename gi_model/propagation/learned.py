@@ -408,10 +408,7 @@ def load_propagator(
     load_published(generator, load_checkpoint(checkpoint, part="generator"))
     stage: Stage = DISStage()
     if flow_checkpoint is not None:
-        state = load_checkpoint(flow_checkpoint)
-        raft = RAFT(small="update_block.mask.0.weight" not in state)
-        load_published(raft, state)
-        stage = FlowStage(raft)
+        stage = FlowStage(RAFT.of_published(load_checkpoint(flow_checkpoint)))
     fast = generator.eval().for_inference()
     assert isinstance(fast, CrossingGenerator)
     return LearnedPropagator(fast, stage, radius)

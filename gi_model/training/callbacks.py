@@ -9,14 +9,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from gi_model.errors import InputError
+from gi_model.sheet import write_png
 from gi_model.staging import staged
 from gi_model.training.pictures import sheets
 
@@ -90,7 +89,10 @@ class Pictures(Callback):
         epoch, number = self._where
         for key, picture in sheets(sample, self.count).items():
             name = f"{key}_gs-{module.steps:06d}_e-{epoch:06d}_b-{number:06d}.png"
-            write_png(self.folder / phase / name, picture)
+            path = self.folder / phase / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with staged(path) as temporary:
+                write_png(temporary, picture)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image(f"{phase}/{key}", picture, module.steps, dataformats="HWC")
@@ -172,11 +174,3 @@ class Progress(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"  # in place of Lightning's count of epochs
-
-
-def write_png(path: Path, picture: np.ndarray) -> None:
-    """An ``[H,W,3]`` uint8 RGB picture; the file appears when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    with staged(path) as temporary:
-        temporary.write_bytes(data.tobytes())

@@ -183,9 +183,7 @@ def _stage(configuration: Configuration, generator: Generator) -> Stage | None:
         raise InputError(f"flow.checkpoint: {flow.checkpoint} does not exist; {how}")
     if len(flow.resolution) != 2:
         raise InputError(f"flow.resolution: expected height and width, got {list(flow.resolution)}")
-    state = load_checkpoint(flow.checkpoint)
-    raft = RAFT(small="update_block.mask.0.weight" not in state)
-    load_published(raft, state)
+    raft = RAFT.of_published(load_checkpoint(flow.checkpoint))
     return FlowStage(raft, (flow.resolution[0], flow.resolution[1]), flow.iterations)
 
 
