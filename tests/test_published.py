@@ -1,7 +1,7 @@
 """``accelerate`` on the published classes themselves, and our published style against them.
 
-Runs where ``GI_PUBLISHED`` names a checkout of runwayml/guided-inpainting, whose code needs ``einops`` and
-``kornia``; what else it imports and these classes do not use is stubbed.
+Runs where ``GI_PUBLISHED`` names a checkout of runwayml/guided-inpainting, whose code needs ``einops``,
+``kornia`` and ``scipy``; what else it imports and these classes do not use is stubbed.
 """
 
 from __future__ import annotations
