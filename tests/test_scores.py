@@ -25,7 +25,7 @@ from gi_model.evaluation.scores import (
     published_names,
     reference_key,
 )
-from gi_model.evaluation.similarity import psnr, ssim
+from gi_model.evaluation.similarity import psnr, ssim, ssim_map
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -50,6 +50,15 @@ def test_ssim() -> None:
             torch.testing.assert_close(ssim(images[one], images[other]), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="others: expected"):
         ssim(x, y[..., 1:])
+
+
+def test_ssim_away_from_the_border_is_the_usual_one() -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    x, y = (recipe.uniform(f"ssim/usual/{which}", 2, 3, 30, 41).double() for which in "xy")
+    _, usual = structural_similarity_index_measure(x, y, data_range=1.0, sigma=1.5, return_full_image=True)
+    inner = (..., slice(5, -5), slice(5, -5))
+    torch.testing.assert_close(ssim_map(x, y)[inner], usual[inner], rtol=1e-7, atol=1e-9)
 
 
 def test_psnr() -> None:
