@@ -7,8 +7,8 @@ published key or keys that hold the same tensor. Everything here works with any 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -89,6 +89,26 @@ def export_published(module: nn.Module, prefix: str = "") -> dict[str, torch.Ten
     return {prefix + name: own[key] for key, published in _names(module).items() for name in published}
 
 
+def parameter_order(module: nn.Module) -> list[str]:
+    """Own names of the parameters of ``module`` in the order in which published optimizers number them.
+
+    That of PyTorch: each published module's own tensors, then those of its parts, one part after another.
+    ``published_names`` has the parts of a module in the order in which the published one makes them.
+
+    Raises:
+        TypeError: ``module`` has no published names.
+    """
+    trained = {name for name, _ in module.named_parameters()}
+    tree: dict[str, Any] = {}
+    for own, published in _names(module).items():
+        *parts, leaf = published[0].split(".")
+        branch = tree
+        for part in parts:
+            branch = branch.setdefault(part, {})
+        branch[leaf] = own
+    return [own for own in _leaves_first(tree) if own in trained]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` (did you mean ...?)``, or nothing where no known name is near."""
     close = difflib.get_close_matches(name, list(known), n=1)
@@ -99,6 +119,13 @@ def _names(module: nn.Module) -> Names:
     if not isinstance(module, Published):
         raise TypeError(f"module: expected one with published_names(), got {type(module).__name__}")
     return module.published_names()
+
+
+def _leaves_first(tree: Mapping[str, Any]) -> Iterator[str]:
+    yield from (value for value in tree.values() if isinstance(value, str))
+    for value in tree.values():
+        if not isinstance(value, str):
+            yield from _leaves_first(value)
 
 
 def _problems(names: Names, own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:

@@ -470,11 +470,11 @@ class TwoStreamBlock(nn.Module):
             self,
             {
                 "read": "read",
+                "write": "write",
                 "cross_attention": "attn1",
                 "self_attention": "attn2",
                 "refine1": "block1",
                 "refine2": "block2",
-                "write": "write",
             },
         )
 

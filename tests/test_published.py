@@ -23,6 +23,8 @@ from torch import nn
 from gi_kernels.acceleration import OPERATORS, accelerate
 from gi_kernels.testing.timing import interleave
 from gi_model import export_published
+from gi_model.configs import build_generator
+from gi_model.published import parameter_order
 from gi_model.testing.published_flow import published_flow_stage
 from gi_model.testing.published_generator import published_generator
 from gi_model.testing.steps import Steps, blanked
@@ -101,6 +103,16 @@ def generator(published, blocks=2):
         for norm in norms:
             norm.momentum = 0.1
     return made.eval()
+
+
+def test_parameters_are_numbered_as_theirs(published):
+    """As optimizers of both number them."""
+    ours = build_generator(
+        {"kind": "two_stream", "width": 16, "blocks": 2, "downsamplings": 5, "grid": 4, "refine": "conv"}
+    )
+    names = ours.published_names()
+    found = [names[own][0] for own in parameter_order(ours)]
+    assert found == [name for name, _ in generator(published).named_parameters()]
 
 
 def flows_of(B, T, H, W):

@@ -26,7 +26,7 @@ from gi_model.data.making import make_validation  # noqa: E402
 from gi_model.data.masks import build_mask  # noqa: E402
 from gi_model.errors import InputError  # noqa: E402
 from gi_model.training.configuration import as_tree, configuration, read_configuration  # noqa: E402
-from gi_model.training.keeping import AtomicFiles, read_run  # noqa: E402
+from gi_model.training.keeping import VERSION, AtomicFiles, read_run  # noqa: E402
 from gi_model.training.module import masked_quality  # noqa: E402
 from gi_model.training.watch import LossError, Watch  # noqa: E402
 
@@ -178,7 +178,8 @@ def test_killed_while_training_and_while_writing() -> None:
 
 def test_a_checkpoint_is_whole_or_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, path = AtomicFiles(), tmp_path / "last.ckpt"
-    files.save_checkpoint({"gi_model": 1}, path)
+    first = {"gi_model": {"version": VERSION, "steps": 1}}
+    files.save_checkpoint(first, path)
 
     def fails(*arguments: Any) -> None:
         arguments[1].write(b"half")
@@ -187,7 +188,7 @@ def test_a_checkpoint_is_whole_or_the_earlier_one(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(OSError, match="no space"):
         files.save_checkpoint({"gi_model": 2}, path)
-    assert files.load_checkpoint(path) == {"gi_model": 1}
+    assert files.load_checkpoint(path) == first
     assert [found.name for found in tmp_path.glob("*.ckpt")] == ["last.ckpt"]
 
 
@@ -426,3 +427,34 @@ def test_weights_are_converted(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--average: whole.ckpt holds no average" in capsys.readouterr().err
     assert main(["train", "--config", "tiny.yaml", "--resume_from_checkpoint", "whole.ckpt"]) == 2
     assert "to begin with its weights: --weights" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_the_published_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = train("whole")
+    kept = train("halved", "--steps", "4") / "checkpoints" / "last.ckpt"
+    template = {"generator.x": torch.ones(1), "val_evaluator_raw_state_two.y": torch.ones(1)}
+    torch.save({"state_dict": template}, "template.ckpt")
+    options = ["--run", "--complete-with", "template.ckpt"]
+    assert main(["convert-checkpoint", str(kept), "-o", "run.ckpt", *options]) == 0
+    assert "the run after 4 steps" in capsys.readouterr().out
+    written = torch.load("run.ckpt", weights_only=True)
+    assert set(written) == {
+        "epoch", "global_step", "pytorch-lightning_version", "state_dict", "callbacks", "optimizer_states",
+        "lr_schedulers",
+    }  # fmt: skip
+    assert (written["epoch"], written["global_step"]) == (2, 4)
+    assert set(written["state_dict"]) == set(load_checkpoint(kept)) | set(template)
+    del written["state_dict"]["generator.x"]
+    torch.save(written, "run.ckpt")
+    on = train("on", "--resume_from_checkpoint", "run.ckpt")
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+        assert_same(last(on)[key], last(whole)[key], key)
+    for wrong in (["--average"], ["--generator-only"], ["--dtype", "float16"]):
+        assert main(["convert-checkpoint", str(kept), "-o", "no.ckpt", "--run", *wrong]) == 2
+    assert main(["convert-checkpoint", str(kept), "-o", "no.safetensors", "--run"]) == 2
+    assert "-o: expected a name that ends in .ckpt with --run" in capsys.readouterr().err
+    old = last(whole)
+    del old["gi_model"]["version"]
+    torch.save(old, "old.ckpt")
+    assert main(["train", "--config", "tiny.yaml", "--resume_from_checkpoint", "old.ckpt"]) == 2
+    assert "of version None of this training, expected 2" in capsys.readouterr().err

@@ -48,7 +48,8 @@ class Archive:
         if order != sys.byteorder.encode():
             raise ProblemError(f"byte order {order!r} is not supported, expected {sys.byteorder}")
         data = self.content(pickles[0], MOST_PICKLE_BYTES)
-        self.state = state_dict_of(Machine(io.BytesIO(data), len(data)).run())
+        self.whole = Machine(io.BytesIO(data), len(data)).run()
+        self.state = state_dict_of(self.whole)
 
     def entries(self) -> dict[Any, Any]:
         return self.state

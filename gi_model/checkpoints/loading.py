@@ -6,6 +6,8 @@ import ctypes
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import torch
@@ -65,18 +67,24 @@ def load_checkpoint(path: str | os.PathLike[str], *, part: str | None = None) ->
     if part is not None and not isinstance(part, str):
         raise TypeError(f"part: expected a string or None, got {type(part).__name__}")
     path = os.fspath(path)
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path}: is {'a directory' if stat.S_ISDIR(mode) else 'no regular file'}")
     try:
-        with open(path, "rb") as file:
-            source = _open(file, os.fstat(file.fileno()).st_size)
-            return _read(source, _choose(_without_module(source.entries()), part))
+        with opened(path) as source:
+            return read_tensors(source, _choose(_without_module(source.entries()), part))
     except ProblemError as problem:
         raise CheckpointError(f"{path}: {problem}") from problem
 
 
-def _open(file: BinaryIO, length: int) -> Source:
+@contextmanager
+def opened(path: str) -> Iterator[Source]:
+    """A file whose description has been read; raises ``ProblemError`` where it cannot be."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ProblemError(f"is {'a directory' if stat.S_ISDIR(mode) else 'no regular file'}")
+    with open(path, "rb") as file:
+        yield _source(file, os.fstat(file.fileno()).st_size)
+
+
+def _source(file: BinaryIO, length: int) -> Source:
     """Tell the format from the first bytes and read the description."""
     start = file.read(16)
     file.seek(0)
@@ -128,7 +136,7 @@ def _prefixes(entries: dict[str, Any]) -> list[str]:
     return sorted(".".join(shared[: i + 1]) for shared in common.values() for i in range(len(shared)))
 
 
-def _read(source: Source, entries: dict[str, Any]) -> dict[str, torch.Tensor]:
+def read_tensors(source: Source, entries: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Make the tensors; everything is checked before the first is read."""
     views: dict[str, View] = {}
     located: set[str] = set()

@@ -69,9 +69,10 @@ def state_dict_of(content: object) -> dict[Any, Any]:
 class Machine:
     """Interprets one pickle, protocols 0 to 5, up to its end.
 
-    Of the values that a pickle can make, only ``None``, bool, int, str, tuple, list and dict are made;
-    names, storages and tensors become descriptions, all else ``Opaque``. Keys of dicts that are no
-    strings become ``Opaque``, so that no value is hashed or compared whose cost the file decides.
+    Of the values that a pickle can make, only ``None``, bool, int, float, str, tuple, list and dict are
+    made; names, storages and tensors become descriptions, all else ``Opaque``. Keys of dicts that are
+    neither strings nor whole numbers become ``Opaque``, so that no value is hashed or compared whose cost
+    the file decides.
     """
 
     def __init__(self, file: BinaryIO, end: int) -> None:
@@ -112,7 +113,7 @@ class Machine:
             raise ProblemError("its pickle ends too early")
         return data
 
-    def number(self, layout: str) -> int:
+    def number(self, layout: str) -> Any:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     def line(self) -> bytes:
@@ -235,7 +236,7 @@ class Machine:
             raise ProblemError("its pickle has a key without a value")
         if isinstance(target, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                target[key if type(key) is str else Opaque(kind_of(key))] = value
+                target[key if type(key) in (str, int) else Opaque(kind_of(key))] = value
         elif not isinstance(target, Opaque):
             raise ProblemError(f"its pickle sets items of {kind_of(target)}")
 
@@ -371,7 +372,7 @@ OPERATIONS: dict[bytes, Callable[[Machine], None]] = {
     b"\x8a": lambda m: m.push_long("<B"),
     b"\x8b": lambda m: m.push_long("<i"),
     b"F": Machine.push_line,
-    b"G": lambda m: m.push_opaque("a float", 8),
+    b"G": lambda m: m.push(m.number(">d")),
     # text and bytes; in protocol 0, which S and V belong to, torch writes no tensors
     b"S": Machine.push_line,
     b"V": Machine.push_line,

@@ -55,7 +55,8 @@ class DataOptions:
 
     ``photos`` is a folder; ``list`` a file that names some of them. Frames of ``size`` pixels are scaled by
     ``scale`` when they are finished. ``masks`` are the published ``mask_gen_kwargs``, ``mask_kind`` the
-    published ``mask_generator_kind``. ``batch_size`` and ``workers`` are of one process.
+    published ``mask_generator_kind``. ``batch_size`` and ``workers`` are of one process. What is in ``test``
+    is measured when the run is over.
     """
 
     photos: str = ""
@@ -69,6 +70,7 @@ class DataOptions:
     batch_size: int = 8
     workers: int = 4
     validation: dict[str, ValidationOptions] = field(default_factory=dict)
+    test: dict[str, ValidationOptions] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,11 @@ class Configuration:
     The learning rate is ``base_learning_rate * batch_size * processes * accumulate``, unless
     ``learning_rate`` is given; it is multiplied by the schedule and each optimizer's factor.
 
-    ``monitor`` is ``psnr`` or ``ssim``, inside the mask, of the first validation set. ``save_every`` and
-    ``validate_every`` count steps; without the latter, validation follows each epoch.
+    ``monitor`` is ``psnr`` or ``ssim``, inside the mask, or ``fid`` of whole composites, as published, of the
+    first validation set; by default ``fid`` where ``inception`` names the weights it takes, else ``psnr``.
+    ``save_every`` and ``validate_every`` count steps; without the latter, validation follows every
+    ``validate_every_epochs`` epochs, or such a part of one. ``validation_batches`` is how many batches of
+    each set a process takes; all by default, 0 for no validation.
     """
 
     data: DataOptions = field(default_factory=DataOptions)
@@ -144,9 +149,12 @@ class Configuration:
     compile: bool = False
     backend: str = "auto"
     seed: int = 23
-    monitor: str = "psnr"
+    monitor: str | None = None
+    inception: str | None = None
     save_every: int = 500
     validate_every: int | None = None
+    validate_every_epochs: float = 1
+    validation_batches: int | None = None
     log_every: int = 50
     pictures_every: int = 750
 
@@ -169,13 +177,28 @@ class Configuration:
             raise InputError(f"config: averaging.decay: expected 0 to below 1, got {averaging.decay}")
         if self.data.workers < 0:
             raise InputError(f"config: data.workers: expected at least 0, got {self.data.workers}")
+        if self.validate_every_epochs <= 0:
+            raise InputError(
+                f"config: validate_every_epochs: expected a number above 0, got {self.validate_every_epochs}"
+            )
+        if self.validation_batches is not None and self.validation_batches < 0:
+            raise InputError(
+                f"config: validation_batches: expected at least 0, got {self.validation_batches}"
+            )
+        if self.monitored == "fid" and self.inception is None:
+            raise InputError(
+                "config: monitor: fid needs the weights of its network, such as "
+                "inception=pt_inception-2015-12-05-6726825d.pth, got none"
+            )
         for name, known in (
-            ("monitor", ("psnr", "ssim")),
+            ("monitored", ("psnr", "ssim", "fid")),
             ("precision", ("32-true", "bf16-mixed")),
             ("backend", ("auto", "reference", "cpp", "triton", "cuda")),
         ):
             if getattr(self, name) not in known:
-                raise InputError(f"config: {name}: expected {', '.join(known)}, got {getattr(self, name)!r}")
+                given = getattr(self, name)
+                key = "monitor" if name == "monitored" else name
+                raise InputError(f"config: {key}: expected {', '.join(known)}, got {given!r}")
         for which in (self.generator_optimizer, self.discriminator_optimizer):
             if which.kind not in ("adam", "adamw"):
                 raise InputError(f"config: optimizer kind: expected adam, adamw, got {which.kind!r}")
@@ -183,6 +206,11 @@ class Configuration:
                 raise InputError(f"config: optimizer betas: expected two numbers, got {list(which.betas)}")
         if self.flow.kind not in ("raft", "dis", "planar", "none"):
             raise InputError(f"config: flow.kind: expected raft, dis, planar, none, got {self.flow.kind!r}")
+
+    @property
+    def monitored(self) -> str:
+        """What the best checkpoints are chosen by."""
+        return self.monitor or ("psnr" if self.inception is None else "fid")
 
     def rate(self, processes: int) -> float:
         """The learning rate of a run of so many processes, before schedule and factors."""

@@ -9,15 +9,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from gi_model.checkpoints import CheckpointError, load_run
 from gi_model.errors import InputError
 from gi_model.staging import remove_leftovers, staged
 
 LAST = "last.ckpt"
+VERSION = 2  # of what checkpoints hold beside the published layout
 BEST = 3  # checkpoints that are kept by the monitor
 
 
@@ -44,26 +47,29 @@ class AtomicFiles(TorchCheckpointIO):
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """A checkpoint of a training run.
+    """A checkpoint of a training run, of this training or of the published one; nothing in it is run.
 
     Raises:
-        InputError: missing, damaged, or not written by this training.
+        InputError: missing, damaged, or with weights alone.
     """
     if not path.is_file():
         raise InputError(f"--resume: {path} does not exist")
+    instead = "to begin with its weights: --weights"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling fails in many ways
+    except Exception:  # unpickling fails in many ways
         checkpoint = None
-        reason = f" ({str(error).splitlines()[0][:100]})"
-    else:
-        reason = ""
-    if not isinstance(checkpoint, dict) or "gi_model" not in checkpoint:
-        raise InputError(
-            f"--resume: {path} is no checkpoint of this training{reason}; "
-            "to begin with its weights: --weights"
-        )
-    return checkpoint
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("gi_model"), dict):
+        found = checkpoint["gi_model"].get("version")
+        if found != VERSION:
+            raise InputError(
+                f"--resume: {path} is of version {found} of this training, expected {VERSION}; {instead}"
+            )
+        return checkpoint
+    try:
+        return {**load_run(path), "pytorch-lightning_version": lightning.__version__}
+    except CheckpointError as error:
+        raise InputError(f"--resume: {error}; {instead}") from error
 
 
 class Last(Callback):
@@ -134,12 +140,17 @@ class Last(Callback):
         self.saving = True
 
 
-def best(folder: Path) -> ModelCheckpoint:
-    """Keeps the checkpoints with the highest ``ckpt_monitor``, as ``epoch=000012-step=00003456.ckpt``."""
+def best(folder: Path, monitored: str) -> ModelCheckpoint:
+    """Keeps the checkpoints with the best ``ckpt_monitor``, as ``epoch=000012-step=00003456.ckpt``.
+
+    Args:
+        folder: where.
+        monitored: what ``ckpt_monitor`` is; the lowest FID is best, the highest of anything else.
+    """
     return ModelCheckpoint(
         dirpath=folder,
         filename="{epoch:06.0f}-{step:08.0f}",
         monitor="ckpt_monitor",
-        mode="max",
+        mode="min" if monitored == "fid" else "max",
         save_top_k=BEST,
     )

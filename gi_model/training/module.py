@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, SequentialSampler
@@ -16,11 +18,21 @@ from torch.utils.data import DataLoader, SequentialSampler
 from gi_model.data import Batches, Draws, Photos, ValidationSet
 from gi_model.data.loading import loader
 from gi_model.errors import InputError
+from gi_model.evaluation.frechet import frechet_distance
+from gi_model.evaluation.precision import full_float32
 from gi_model.evaluation.similarity import ssim_map
 from gi_model.flow import FlowStage, Stage
 from gi_model.published import export_published, load_published
 from gi_model.training.configuration import Configuration, OptimizerOptions, as_tree
+from gi_model.training.keeping import VERSION
 from gi_model.training.objective import Terms
+from gi_model.training.optimizer_states import (
+    completed,
+    numbered_as_own,
+    numbered_as_published,
+    schedule_state,
+    steps_done,
+)
 from gi_model.training.pictures import Sample
 from gi_model.training.step import Alternation, Batch, Step, evaluating, filled
 from gi_model.training.watch import Watch
@@ -35,11 +47,13 @@ class TrainingModule(pl.LightningModule):
 
     Where a run is lies in ``epoch``, ``number`` (batches done in this epoch) and ``steps`` (optimizer steps),
     not in Lightning's counters: to Lightning a run is one epoch without end. A checkpoint's ``state_dict``
-    has the published names, so that everything which reads published checkpoints reads these too.
+    has the published names, and its optimizers number parameters as the published ones do, so that everything
+    which reads published checkpoints reads these too; a run goes on from published ones as well.
 
     ``batches_done`` and ``batches_in_all`` say how far a run is. While ``wants_pictures`` is true, batches
     are left in ``latest``. ``train/<term>`` are logged per batch; ``val/<set>/psnr`` and ``ssim``, of the
-    composite inside the mask, per validation; and the one that is to grow as ``ckpt_monitor``.
+    composite inside the mask, per validation, with Inception ``val/<set>/fid`` of whole composites; and the
+    one by which checkpoints are kept as ``ckpt_monitor``.
 
     Args:
         configuration: of the run.
@@ -47,6 +61,7 @@ class TrainingModule(pl.LightningModule):
         photos: to learn from.
         sets: to validate with, by name.
         stage: estimates flow; None for generators without.
+        inception: the network whose features FID compares; None for no FID.
     """
 
     def __init__(
@@ -56,12 +71,14 @@ class TrainingModule(pl.LightningModule):
         photos: Photos,
         sets: Mapping[str, ValidationSet] | None = None,
         stage: Stage | None = None,
+        inception: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.allow_zero_length_dataloader_with_multiple_devices = True  # more processes than samples
         self.configuration, self.step, self.photos, self.sets = configuration, step, photos, dict(sets or {})
         self.stages = (stage,)  # no submodule: it stays in eval mode and is not learnt
+        self.judges = () if inception is None else (inception,)  # the same
         self.average: AveragedModel | None = None
         if configuration.averaging is not None:
             decay = get_ema_multi_avg_fn(configuration.averaging.decay)
@@ -74,25 +91,33 @@ class TrainingModule(pl.LightningModule):
         self.wants_pictures = False
         self.latest: Sample | None = None
         self._sums: list[torch.Tensor] = []
+        self._features: list[list[torch.Tensor]] = []  # per set and batch, [2,B,D]: of composites, of truth
 
     def configure_optimizers(self) -> Any:
         """Both optimizers and their schedules, of which :class:`Alternation` takes care."""
         given = self.configuration
         rate = given.rate(self.trainer.world_size)
-        networks = (
-            (self.step.generator, given.generator_optimizer),
-            (self.step.discriminator, given.discriminator_optimizer),
-        )
-        optimizers = tuple(_optimizer(network, options, rate) for network, options in networks)
+        options = (given.generator_optimizer, given.discriminator_optimizer)
+        optimizers = [_optimizer(*pair, rate) for pair in zip(self._networks(), options, strict=True)]
         self.alternation = Alternation(
             self.step,
             (optimizers[0], optimizers[1]),
             given.schedule,
             given.accumulate,
-            backward=self.manual_backward,
+            backward=self._backward,
             inspect=self._inspect,
         )
-        return list(optimizers), self.alternation.schedules
+        return optimizers, self.alternation.schedules
+
+    def _networks(self) -> tuple[nn.Module, nn.Module]:
+        """What the optimizers learn, in their order."""
+        return self.step.generator, self.step.discriminator
+
+    def _backward(self, loss: torch.Tensor, stepping: bool) -> None:
+        """Gradients; processes share them when they are complete."""
+        waiting = self.trainer.world_size > 1 and not stepping
+        with self.trainer.strategy.block_backward_sync() if waiting else nullcontext():  # type: ignore[attr-defined]
+            self.manual_backward(loss)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Batches from where the run is, without end."""
@@ -109,8 +134,9 @@ class TrainingModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Bring the stage to where the networks are, and tell Lightning where the run is."""
-        if isinstance(self.stages[0], nn.Module):
-            self.stages[0].to(self.device)
+        for part in (*self.stages, *self.judges):
+            if isinstance(part, nn.Module):
+                part.to(self.device)
         wrapped: Any = self.optimizers()  # through which precision and Lightning's counters go
         self.alternation.optimizers = tuple(wrapped)  # type: ignore[assignment]
         self.alternation.global_step = self.steps
@@ -181,9 +207,10 @@ class TrainingModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Begin to count."""
         self._sums = [torch.zeros(3, dtype=torch.float64, device=self.device) for _ in self.sets]
+        self._features = [[] for _ in self.sets]
 
     def validation_step(self, samples: Mapping[str, Any], index: int, dataloader_idx: int = 0) -> None:
-        """PSNR and SSIM of composites inside the mask."""
+        """PSNR and SSIM of composites inside the mask; features of whole composites for FID."""
         batch = self.batch(samples)
         generator: nn.Module = self.step.generator
         if self.average is not None and self.average.n_averaged > 0:
@@ -192,6 +219,10 @@ class TrainingModule(pl.LightningModule):
             self.latest = self.pictured(batch)
         composite = batch.composite(filled(generator, batch).float())
         self._sums[dataloader_idx] += masked_quality(composite, batch.image, batch.mask)
+        for inception in self.judges:
+            with full_float32(), torch.autocast(self.device.type, enabled=False):
+                both = [inception(images.float()) for images in (composite, batch.image)]
+            self._features[dataloader_idx].append(torch.stack(both).cpu())
 
     def on_validation_epoch_end(self) -> None:
         """Log means over all samples of all processes."""
@@ -200,18 +231,26 @@ class TrainingModule(pl.LightningModule):
         for i, (name, sums) in enumerate(zip(self.sets, self._sums, strict=True)):
             psnr, ssim, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
             found = {"psnr": psnr / max(count, 1), "ssim": ssim / max(count, 1)}
+            if self.judges:
+                features = torch.cat(
+                    [part for share in self._gathered(self._features[i]) for part in share], 1
+                )
+                found["fid"] = frechet_distance(features[0], features[1])
             # Lightning keeps metrics in float32.
             values = {f"val/{name}/{key}": float(value) for key, value in found.items()}
             if i == 0:
-                values["ckpt_monitor"] = found[self.configuration.monitor]
+                values["ckpt_monitor"] = found[self.configuration.monitored]
             self.log_dict({**values, "step": float(self.steps), "epoch": float(self.epoch)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Weights under their published names, and where the run is."""
+        """Weights and optimizers in the published layout, and where the run is."""
         checkpoint["state_dict"] = self.published_state()
+        pairs = zip(checkpoint["optimizer_states"], self._networks(), strict=True)
+        checkpoint["optimizer_states"] = [numbered_as_published(*pair) for pair in pairs]
         del checkpoint["loops"]  # where the run is, stands below
         checkpoint |= {"epoch": self.epoch, "global_step": self.steps}
         checkpoint["gi_model"] = {
+            "version": VERSION,
             "configuration": as_tree(self.configuration),
             "epoch": self.epoch,
             "number": self.number,
@@ -219,14 +258,21 @@ class TrainingModule(pl.LightningModule):
             "samples_per_batch": self.configuration.data.batch_size * self.trainer.world_size,
             "averaged": 0 if self.average is None else int(self.average.n_averaged),
             "watch": self.watch.state_dict(),
-            "random": _random_state(),
+            "random": self._gathered(_random_state()),  # one of each process
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where a checkpoint was written."""
-        own = checkpoint["gi_model"]
-        self.load_published_state(checkpoint["state_dict"])
+        """Go on where a checkpoint was written, by this training or by the published one."""
+        own = checkpoint.get("gi_model")
+        self.load_published_state(checkpoint["state_dict"], own is not None)
         checkpoint["state_dict"] = self.state_dict()
+        if len(checkpoint["optimizer_states"]) != len(self._networks()):
+            raise InputError(f"optimizer_states: expected 2, got {len(checkpoint['optimizer_states'])}")
+        pairs = zip(checkpoint["optimizer_states"], self._networks(), strict=True)
+        checkpoint["optimizer_states"] = [numbered_as_own(*pair) for pair in pairs]
+        if own is None:
+            self._go_on_as_published(checkpoint)
+            return
         if self.average is not None:
             self.average.n_averaged.fill_(own["averaged"])
         self.epoch, self.number, self.steps = own["epoch"], own["number"], own["steps"]
@@ -237,7 +283,16 @@ class TrainingModule(pl.LightningModule):
                 f"in all processes, this run has {per_batch}"
             )
         self.watch.load_state_dict(own["watch"])
-        self.random_state = own["random"]
+        if len(own["random"]) == self.trainer.world_size:  # otherwise the seed's
+            self.random_state = own["random"][self.global_rank]
+
+    def _go_on_as_published(self, checkpoint: dict[str, Any]) -> None:
+        """As the published training does: with the next epoch, whatever was left of the last one."""
+        schedule, self.steps = self.configuration.schedule, steps_done(checkpoint)
+        self.epoch, self.number = checkpoint["epoch"], 0
+        states = [completed(state, schedule, self.steps) for state in checkpoint["optimizer_states"]]
+        checkpoint["optimizer_states"] = states
+        checkpoint["lr_schedulers"] = [schedule_state(state, schedule, self.steps) for state in states]
 
     def published_state(self) -> dict[str, torch.Tensor]:
         """All weights under their published names; a generator that was never published keeps its own."""
@@ -251,18 +306,28 @@ class TrainingModule(pl.LightningModule):
             state |= export_published(self.average.module, AVERAGE)
         return state
 
-    def load_published_state(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_published_state(self, state: Mapping[str, torch.Tensor], whole: bool = True) -> None:
         """Take weights of :meth:`published_state`.
+
+        Args:
+            whole: otherwise encoder and average may be missing; the average then begins anew.
 
         Raises:
             InputError: some are missing or do not fit.
         """
+        optional = [
+            *(
+                []
+                if self.step.objective.perceptual is None
+                else [(self.step.objective.perceptual.encoder, ENCODER)]
+            ),
+            *([] if self.average is None else [(self.average.module, AVERAGE)]),
+        ]
         load_published(self.step.generator, state, GENERATOR)
         load_published(self.step.discriminator, state, DISCRIMINATOR)
-        if self.step.objective.perceptual is not None:
-            load_published(self.step.objective.perceptual.encoder, state, ENCODER)
-        if self.average is not None:
-            load_published(self.average.module, state, AVERAGE)
+        for network, prefix in optional:
+            if whole or any(key.startswith(prefix) for key in state):
+                load_published(network, state, prefix)
 
     def _inspect(self, which: int, terms: Terms) -> None:
         """Stop before a loss that is lost is learnt from; log terms, as means over the processes."""
@@ -272,6 +337,14 @@ class TrainingModule(pl.LightningModule):
         named = dict(zip((_term_name(which, name) for name in terms), values.tolist(), strict=True))
         self.watch(named, self.alternation.global_step)
         self.inspected |= {f"train/{name}": value for name, value in named.items()}
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """``value`` of every process."""
+        if self.trainer.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.trainer.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def _take_average(self) -> None:
         options = self.configuration.averaging

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from gi_model.data import Photos, ValidationSet, build_mask, find_photos
 from gi_model.data.photos import MASKS
 from gi_model.discriminator import Discriminator
 from gi_model.errors import InputError
+from gi_model.evaluation.inception import Inception, inception
 from gi_model.flow import RAFT, FlowStage, Stage
 from gi_model.generator import Generator
 from gi_model.published import load_published
 from gi_model.training.callbacks import loggers
-from gi_model.training.configuration import Configuration
+from gi_model.training.configuration import Configuration, ValidationOptions
 from gi_model.training.keeping import LAST, AtomicFiles, Last, Stopped, best
 from gi_model.training.module import DISCRIMINATOR, GENERATOR, TrainingModule
 from gi_model.training.objective import Objective, Weights
@@ -66,7 +67,8 @@ def train(
     folder = Path(folder)
     module = build(configuration)
     checkpoints = folder / "checkpoints"
-    kept: list[Callback] = [best(checkpoints)] if module.sets else []
+    validating = bool(module.sets) and configuration.validation_batches != 0
+    kept: list[Callback] = [best(checkpoints, configuration.monitored)] if validating else []
     last = checkpoints / LAST
     with backend(configuration.backend), _quiet():
         trainer = pl.Trainer(
@@ -81,7 +83,7 @@ def train(
             num_sanity_val_steps=0,
             check_val_every_n_epoch=None,
             val_check_interval=_validation_interval(configuration, module),
-            limit_val_batches=None if module.sets else 0,
+            limit_val_batches=configuration.validation_batches if validating else 0,
             use_distributed_sampler=False,
             enable_progress_bar=any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks),
             enable_checkpointing=bool(kept),  # or Lightning adds its own
@@ -125,7 +127,8 @@ def build(configuration: Configuration) -> TrainingModule:
         easy=data.easy,
         seed=configuration.seed,
     )
-    sets = {name: ValidationSet(given.data, given.references) for name, given in data.validation.items()}
+    sets = validation_sets(data.validation)
+    judge = _inception(configuration, sets)
     # Fresh weights are those of the seed; the random numbers of the process go on from there.
     pl.seed_everything(configuration.seed, verbose=False)
     generator = build_generator(configuration.generator)
@@ -144,7 +147,25 @@ def build(configuration: Configuration) -> TrainingModule:
     stage = _stage(configuration, generator)
     if configuration.weights is not None:
         _begin_with(configuration.weights, generator, discriminator)
-    return TrainingModule(configuration, Step(generator, discriminator, objective), photos, sets, stage)
+    step = Step(generator, discriminator, objective)
+    return TrainingModule(configuration, step, photos, sets, stage, judge)
+
+
+def validation_sets(options: Mapping[str, ValidationOptions]) -> dict[str, ValidationSet]:
+    """The sets, by name."""
+    return {name: ValidationSet(given.data, given.references) for name, given in options.items()}
+
+
+def _inception(configuration: Configuration, sets: Mapping[str, ValidationSet]) -> Inception | None:
+    if configuration.inception is None or not sets:
+        return None
+    if not Path(configuration.inception).is_file():
+        raise InputError(f"inception: {configuration.inception} does not exist")
+    batches, size = configuration.validation_batches, configuration.data.batch_size
+    for name, samples in sets.items():
+        if batches != 0 and (len(samples) < 2 or batches == size == 1):
+            raise InputError(f"data.validation.{name}: FID needs at least 2 images")
+    return inception(configuration.inception)
 
 
 def _perceptual(configuration: Configuration) -> PerceptualLoss | None:
@@ -227,7 +248,8 @@ def _validation_interval(configuration: Configuration, module: TrainingModule) -
     if configuration.validate_every is not None:
         return configuration.validate_every * configuration.accumulate
     world = int(os.environ.get("WORLD_SIZE", "0")) or len(configuration.devices or (0,)) * configuration.nodes
-    return -(-len(module.photos) // (world * configuration.data.batch_size))
+    per_epoch = -(-len(module.photos) // (world * configuration.data.batch_size))
+    return max(1, int(per_epoch * configuration.validate_every_epochs))
 
 
 @contextmanager

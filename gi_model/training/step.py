@@ -113,7 +113,7 @@ class Alternation:
         optimizers: of the generator and of the discriminator.
         schedule: number of steps done -> factor of the optimizers' own learning rates.
         accumulate: batches per step.
-        backward: called with a loss, in place of ``loss.backward()``.
+        backward: called with a loss, in place of ``loss.backward()``, and whether the optimizer steps then.
         inspect: called with 0 or 1, for generator or discriminator, and the terms of that pass, before
             they are learnt from; it may raise.
     """
@@ -124,7 +124,7 @@ class Alternation:
         optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
         schedule: Callable[[int], float],
         accumulate: int = 1,
-        backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+        backward: Callable[[torch.Tensor, bool], None] = lambda loss, stepping: loss.backward(),
         inspect: Callable[[int, Terms], None] = lambda which, terms: None,
     ) -> None:
         self.step, self.optimizers, self.accumulate = step, optimizers, accumulate
@@ -152,7 +152,7 @@ class Alternation:
         optimizer = self.optimizers[which]
         if number % self.accumulate == 0:
             optimizer.zero_grad()
-        self.backward(loss / self.accumulate)
+        self.backward(loss / self.accumulate, stepping)
         if stepping:
             optimizer.step()
 
