@@ -19,15 +19,18 @@ cv2 = pytest.importorskip("cv2", reason="the [training] extra is not installed")
 pytest.importorskip("lightning", reason="the [training] extra is not installed")
 yaml = pytest.importorskip("yaml", reason="the [training] extra is not installed")
 
+from gi_model import configs, load_published  # noqa: E402
 from gi_model.checkpoints import load_checkpoint  # noqa: E402
 from gi_model.cli import main  # noqa: E402
-from gi_model.data import Batches, Draws, Photos  # noqa: E402
+from gi_model.data import Batches, Draws, Photos, ValidationSet  # noqa: E402
 from gi_model.data.making import make_validation  # noqa: E402
 from gi_model.data.masks import build_mask  # noqa: E402
 from gi_model.errors import InputError  # noqa: E402
 from gi_model.training.configuration import as_tree, configuration, read_configuration  # noqa: E402
 from gi_model.training.keeping import VERSION, AtomicFiles, read_run  # noqa: E402
 from gi_model.training.module import masked_quality  # noqa: E402
+from gi_model.training.step import Batch, filled  # noqa: E402
+from gi_model.training.trainer_options import of_trainer  # noqa: E402
 from gi_model.training.watch import LossError, Watch  # noqa: E402
 
 MASKS = {
@@ -260,9 +263,20 @@ def test_watch() -> None:
         (["--config", "tiny.yaml", "generator.aggregates=true"], "this generator needs flow"),
         (["--config", "tiny.yaml", "generator.aggregates=true", "--flow", "raft"], "weights of RAFT"),
         (["--config", "tiny.yaml", "--gpus", "0,"], "no GPU"),
-        (["--config", "tiny.yaml", "-t", "false"], "gi-model evaluate"),
+        (["--config", "tiny.yaml", "--gpus", "0,1"], "--gpus: this machine has no GPU that PyTorch can use"),
+        (["--config", "tiny.yaml", "--gpus", "a,b"], "--gpus: expected indices such as 0,1, got a,b"),
+        (["--config", "tiny.yaml", "-t", "false"], "expected --resume_from_checkpoint FILE, got none"),
+        (["--config", "tiny.yaml", "-t", "maybe"], "--train: expected true or false, got maybe"),
+        (["--config", "tiny.yaml", "-x"], "--xtraspeed: DeepSpeed is not used; --gpus 0,1"),
+        (["--config", "tiny.yaml", "--gradient_clip_val", "1"], "--gradient_clip_val: not supported; grad"),
+        (["--config", "tiny.yaml", "--fast_dev_run"], "--steps 1 --limit_val_batches 1"),
+        (["--config", "tiny.yaml", "--limit_val_batches", "0.5"], "expected a whole number, got '0.5'"),
+        (["--config", "tiny.yaml", "--accelerator", "dp"], "--accelerator: expected ddp"),
+        (["--config", "tiny.yaml", "monitor=fid"], "inception=pt_inception-2015-12-05-6726825d.pth"),
+        (["--config", "tiny.yaml", "monitor=lpips"], "monitor: expected psnr, ssim, fid, got 'lpips'"),
+        (["--config", "tiny.yaml", "validate_every_epochs=0"], "validate_every_epochs: expected a number"),
         (["--config", "tiny.yaml", "--resume", "photos"], "last.ckpt does not exist"),
-        (["--config", "tiny.yaml", "--precision", "half"], "precision: expected 32-true, bf16-mixed"),
+        (["--config", "tiny.yaml", "--precision", "half"], "--precision: expected 32-true (32) or bf16"),
         (["--config", "tiny.yaml", "data.batch_size=0"], "data.batch_size: expected at least 1, got 0"),
         (["--config", "tiny.yaml", "--ema", "1"], "averaging.decay: expected 0 to below 1"),
         (["--config", "tiny.yaml", "generator_optimizer.betas=[0.9]"], "betas: expected two numbers"),
@@ -458,3 +472,95 @@ def test_a_run_goes_on_from_the_published_layout(capsys: pytest.CaptureFixture[s
     torch.save(old, "old.ckpt")
     assert main(["train", "--config", "tiny.yaml", "--resume_from_checkpoint", "old.ckpt"]) == 2
     assert "of version None of this training, expected 2" in capsys.readouterr().err
+
+
+def test_options_of_the_published_trainer() -> None:
+    given = {
+        "gpus": "0,1", "max_epochs": "3", "max_steps": 9, "val_check_interval": "100", "precision": 32,
+        "limit_val_batches": "4", "log_every_n_steps": "5", "benchmark": "true", "num_nodes": None,
+    }  # fmt: skip
+    assert of_trainer(given) == {
+        "devices": [0, 1], "epochs": 3, "steps": 9, "validate_every_batches": 100, "precision": "32-true",
+        "validation_batches": 4, "log_every": 5,
+    }  # fmt: skip
+    assert of_trainer({"val_check_interval": 0.25}) == {"validate_every_epochs": 0.25}
+    assert of_trainer({"check_val_every_n_epoch": 2, "limit_val_batches": 1.0}) == {
+        "validate_every_epochs": 2
+    }
+    with pytest.raises(InputError, match=r"lightning.trainer.max_step: unknown .did you mean 'max_steps'"):
+        of_trainer({"max_step": 1}, "lightning.trainer.")
+
+
+def test_the_test_phase(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    validation()
+    monkeypatch.setenv("GI_MODEL_CACHE", "cache")
+    one = {"one": {"data": "held-out", "references": 1}}
+    write({**TINY, "data": {**TINY["data"], "validation": one, "test": one}})
+    options = ["--limit_val_batches", "1", "--validate-every", "3", "-d"]
+    assert main(["train", "--config", "tiny.yaml", "-n", "tested", *options]) == 0
+    (folder,) = Path("logs/debug_runs").iterdir()
+    said = capsys.readouterr().out
+    assert (
+        "the best checkpoints are those by PSNR inside the mask (for FID, as published: --inception" in said
+    )
+    assert "stitched, 1 reference" in said and "not computed: lpips (no weights" in said
+    tested = (folder / "test" / "results.csv").read_text()
+    assert sorted(path.name for path in (folder / "test").iterdir()) == ["results.csv", "results.json"]
+    assert len(losses(folder, "val/one/psnr")) == 2
+
+    weights = str(folder / "checkpoints" / "last.ckpt")
+    options = ["train", "--config", "tiny.yaml", "-n", "only", "--resume_from_checkpoint", weights]
+    assert main([*options, "--train", "false"]) == 0
+    only = run_folder("only")
+    assert (only / "test" / "results.csv").read_text() == tested and len(list(only.iterdir())) == 1
+    assert not (train("untested", "--no-test", "--steps", "1") / "test").exists()
+
+
+def test_an_error_while_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pdb
+
+    from gi_model.training import module
+
+    seen: list[Any] = []
+    monkeypatch.setattr(pdb, "post_mortem", seen.append)
+    monkeypatch.setattr(module.Alternation, "batch", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "--config", "tiny.yaml", "-n", "wrong", "--debug"])
+    assert len(seen) == 1 and next(Path("logs/debug_runs").glob("*_wrong")).is_dir()
+
+
+def test_the_best_by_fid() -> None:
+    from gi_model.evaluation.frechet import frechet_distance
+    from gi_model.evaluation.inception import Inception
+
+    validation()
+    network = Inception()
+    torch.manual_seed(0)
+    for norm in network.modules():  # statistics of what it sees, or features would vanish or explode
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.momentum = None
+    network.train()(torch.rand(2, 3, 64, 64))
+    network.eval()
+    torch.save(network.state_dict(), "inception.pth")
+    one = {"one": {"data": "held-out", "references": 1}}
+    write({**TINY, "data": {**TINY["data"], "validation": one}})
+    folder = train(
+        "fid", "--inception", "inception.pth", "--validate-every", "1", "--steps", "5", "accumulate=1"
+    )
+    found = losses(folder, "val/one/fid")
+    kept = {int(path.stem[-8:]) for path in (folder / "checkpoints").glob("epoch=*")}
+    assert len(found) == 5 and kept == {1 + int(i) for i in np.argsort(found)[:3]}
+
+    generator = configs.build_generator(TINY["generator"])
+    load_published(generator, load_checkpoint(folder / "checkpoints" / "last.ckpt"), "generator.")
+    samples = [ValidationSet("held-out", 1)[i] for i in range(3)]
+    batch = Batch.of_samples(torch.utils.data.default_collate(samples))
+    with torch.no_grad():
+        composite = batch.composite(filled(generator.eval(), batch))
+        expected = frechet_distance(network(composite), network(batch.image))
+    assert found[-1] == pytest.approx(expected, rel=1e-3)
+
+    state = network.state_dict()
+    state.popitem()
+    torch.save({key: value for key, value in state.items() if "Mixed_7c" not in key}, "other.pth")
+    assert main(["train", "--config", "tiny.yaml", "--inception", "other.pth"]) == 2

@@ -158,19 +158,15 @@ def _report(
     not_computed: dict[str, str],
     settings: dict[str, Any],
 ) -> None:
-    from gi_model.evaluation.images import scores_of
-    from gi_model.evaluation.report import Result, print_results, write_csv, write_json
-    from gi_model.evaluation.scores import TOTAL, bin_index, bin_names, reference_key
+    from gi_model.evaluation.report import print_results, result_of, write_csv, write_json
+    from gi_model.evaluation.scores import reference_key
 
     results: list[Result] = []
     for place, (n, numbers) in enumerate(measured.items()):
         key = reference_key(n)
         if options.legacy_names:
             key = ("two", "four")[place] if place < 2 else str(place)
-        index, names = bin_index(numbers["area"]), bin_names()
-        images = {TOTAL: len(index)} | {name: int((index == i).sum()) for i, name in enumerate(names)}
-        present = {group: count for group, count in images.items() if count}
-        results.append(Result(key, n, present, scores_of(numbers)))
+        results.append(result_of(key, n, numbers))
     print_results(results, not_computed)
     write_csv(output / "results.csv", results)
     write_json(output / "results.json", results, not_computed, settings)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gi_model.evaluation.scores import TOTAL, Scores, published_names
+from gi_model.evaluation.images import scores_of
+from gi_model.evaluation.scores import TOTAL, Scores, bin_index, bin_names, published_names
 from gi_model.staging import staged
 
 
@@ -32,6 +34,14 @@ class Result:
     references: int
     images: dict[str, int]
     scores: dict[str, Scores]
+
+
+def result_of(key: str, references: int, measured: Mapping[str, np.ndarray]) -> Result:
+    """The scores of a data set from what was measured of its images, see ``Measures``."""
+    index, names = bin_index(measured["area"]), bin_names()
+    images = {TOTAL: len(index)} | {name: int((index == i).sum()) for i, name in enumerate(names)}
+    present = {group: count for group, count in images.items() if count}
+    return Result(key, references, present, scores_of(dict(measured)))
 
 
 def print_results(results: list[Result], not_computed: Mapping[str, str]) -> None:

@@ -123,9 +123,9 @@ class Configuration:
 
     ``monitor`` is ``psnr`` or ``ssim``, inside the mask, or ``fid`` of whole composites, as published, of the
     first validation set; by default ``fid`` where ``inception`` names the weights it takes, else ``psnr``.
-    ``save_every`` and ``validate_every`` count steps; without the latter, validation follows every
-    ``validate_every_epochs`` epochs, or such a part of one. ``validation_batches`` is how many batches of
-    each set a process takes; all by default, 0 for no validation.
+    ``save_every`` and ``validate_every`` count steps; without the latter and ``validate_every_batches``,
+    validation follows every ``validate_every_epochs`` epochs, or such a part of one. ``validation_batches``
+    is how many batches of each set a process takes; all by default, 0 for no validation.
     """
 
     data: DataOptions = field(default_factory=DataOptions)
@@ -153,6 +153,7 @@ class Configuration:
     inception: str | None = None
     save_every: int = 500
     validate_every: int | None = None
+    validate_every_batches: int | None = None
     validate_every_epochs: float = 1
     validation_batches: int | None = None
     log_every: int = 50
@@ -167,6 +168,7 @@ class Configuration:
             },
             "steps": self.steps,
             "validate_every": self.validate_every,
+            "validate_every_batches": self.validate_every_batches,
             "data.batch_size": self.data.batch_size,
             "averaging.period": averaging.period,
         }

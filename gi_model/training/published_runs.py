@@ -7,7 +7,9 @@ from typing import Any
 
 from gi_model.configs.published import published_tree
 from gi_model.errors import InputError
+from gi_model.evaluation.scores import reference_key
 from gi_model.published import nearest
+from gi_model.training.trainer_options import of_trainer
 
 #: Where the published weights of the perceptual encoder are, below ``weights_path``.
 ENCODER = "ade20k/ade20k-resnet50dilated-ppm_deepsup/encoder_epoch_20.pth"
@@ -21,13 +23,9 @@ IGNORED = {
     },
     "model.params.config": {"training_model", "visualizer", "location", "evaluator", "data"},
     "lightning": {"logger", "modelcheckpoint", "callbacks"},
-    "lightning.trainer": {
-        "benchmark", "num_sanity_val_steps", "accelerator", "strategy", "log_every_n_steps",
-        "check_val_every_n_epoch",
-    },
     "data": set(),
     "data.params": {
-        "test", "predict", "wrap", "combined_val_batches", "combined_test_batches",
+        "predict", "wrap", "combined_val_batches", "combined_test_batches",
         "use_worker_init_fn",
     },
 }  # fmt: skip
@@ -151,7 +149,8 @@ def _optimizer(section: Any, network: str) -> dict[str, Any]:
 
 def _data(section: Any) -> dict[str, Any]:
     data = _section(section, "data", ("target", "params"))
-    params = _section(data.get("params"), "data.params", ("batch_size", "num_workers", "train", "validation"))
+    keys = ("batch_size", "num_workers", "train", "validation", "test")
+    params = _section(data.get("params"), "data.params", keys)
     if "batch_size" not in params:
         raise InputError("config: data.params: expected a batch_size, got none")
     batch_size = params["batch_size"]
@@ -172,17 +171,6 @@ def _data(section: Any) -> dict[str, Any]:
     for key in ("root", "n_references"):
         if key not in train:
             raise InputError(f"config: data.params.train.params: expected a {key}, got none")
-    validation = {}
-    sets = params.get("validation") or {}
-    if "target" in sets:
-        sets = {"default": sets}
-    for key in sorted(sets):
-        given = sets[key].get("params") or {}
-        name = key.partition("_")[2] if key[:1].isdigit() and "_" in key else key
-        validation[name] = {
-            "data": given.get("filenames", ""),
-            "references": given.get("n_references", 2),
-        }
     return {
         "photos": train["root"],
         "list": train.get("filelist"),
@@ -193,32 +181,31 @@ def _data(section: Any) -> dict[str, Any]:
         "easy": train.get("easy", False),
         "batch_size": batch_size,
         "workers": params["num_workers"] if params.get("num_workers") is not None else min(8, 2 * batch_size),
-        "validation": validation,
+        "validation": _sets(params.get("validation")),
+        "test": _sets(params.get("test")),
     }
+
+
+def _sets(section: Any) -> dict[str, Any]:
+    """Validation sets by name: ``0_two`` is ``two``; one without a name is called by its references."""
+    sets = section or {}
+    if "target" in sets:
+        sets = {reference_key((sets.get("params") or {}).get("n_references", 2)): sets}
+    found = {}
+    for key in sorted(sets):
+        given = sets[key].get("params") or {}
+        name = key.partition("_")[2] if key[:1].isdigit() and "_" in key else key
+        found[name] = {"data": given.get("filenames", ""), "references": given.get("n_references", 2)}
+    return found
 
 
 def _trainer(section: Any) -> dict[str, Any]:
     lightning = _section(section, "lightning", ("trainer",))
-    trainer = _section(
-        lightning.get("trainer"),
-        "lightning.trainer",
-        (
-            "accumulate_grad_batches", "max_epochs", "max_steps", "precision", "gpus", "num_nodes",
-            "val_check_interval",
-        ),
-    )  # fmt: skip
-    names = {
-        "accumulate_grad_batches": "accumulate", "max_epochs": "epochs", "max_steps": "steps",
-        "num_nodes": "nodes", "precision": "precision", "val_check_interval": "validate_every",
-    }  # fmt: skip
-    found: dict[str, Any] = {"accumulate": 1}
-    found |= {ours: trainer[theirs] for theirs, ours in names.items() if theirs in trainer}
-    found["precision"] = {32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}.get(
-        found.get("precision", 32), found.get("precision", 32)
-    )
-    if "gpus" in trainer:
-        found["devices"] = [int(i) for i in str(trainer["gpus"]).split(",") if i.strip()]
-    return found
+    given = lightning.get("trainer")
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(f"config: lightning.trainer: expected a mapping, got {type(given).__name__}")
+    found = {"accumulate": 1, "precision": "32-true"}
+    return found | of_trainer(given or {}, "config: lightning.trainer.")
 
 
 def _section(section: Any, path: str, known: tuple[str, ...]) -> dict[str, Any]:

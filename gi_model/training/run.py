@@ -144,7 +144,7 @@ def build(configuration: Configuration) -> TrainingModule:
         _perceptual(configuration),
         Weights(losses.l1_known, losses.l1_missing, losses.feature_matching, losses.feature_matching_masked),
     )
-    stage = _stage(configuration, generator)
+    stage = build_stage(configuration, generator)
     if configuration.weights is not None:
         _begin_with(configuration.weights, generator, discriminator)
     step = Step(generator, discriminator, objective)
@@ -182,7 +182,12 @@ def _perceptual(configuration: Configuration) -> PerceptualLoss | None:
     return loss
 
 
-def _stage(configuration: Configuration, generator: Generator) -> Stage | None:
+def build_stage(configuration: Configuration, generator: Generator) -> Stage | None:
+    """What estimates flow for ``generator``, on the CPU; None where it needs none.
+
+    Raises:
+        InputError: weights of RAFT are missing or do not fit.
+    """
     flow = configuration.flow
     needed = len(getattr(generator, "aggregations", ())) > 0
     if not needed:
@@ -247,6 +252,8 @@ def _validation_interval(configuration: Configuration, module: TrainingModule) -
     """Batches between validations."""
     if configuration.validate_every is not None:
         return configuration.validate_every * configuration.accumulate
+    if configuration.validate_every_batches is not None:
+        return configuration.validate_every_batches
     world = int(os.environ.get("WORLD_SIZE", "0")) or len(configuration.devices or (0,)) * configuration.nodes
     per_epoch = -(-len(module.photos) // (world * configuration.data.batch_size))
     return max(1, int(per_epoch * configuration.validate_every_epochs))
