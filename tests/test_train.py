@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -155,28 +156,42 @@ def test_a_loss_that_falls() -> None:
     assert np.mean(found[-40:]) < 0.8 * np.mean(found[:20])
 
 
-def test_killed_while_training_and_while_writing() -> None:
-    whole = train("whole", "--steps", "40")
-    folder = Path("logs/killed")
-    command = [sys.executable, "-m", "gi_model.cli", "train"]
-    environment = {**os.environ, "GI_MODEL_RUN": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        [*command, "--config", "tiny.yaml", "--steps", "100000", "save_every=1"], env=environment
+def trainings(*runs: dict[str, Any]) -> list[list[int]]:
+    """Exit codes of the processes of runs, see ``trainings.py``."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("trainings.py"))],
+        input=json.dumps(runs),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    kept = folder / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 60
-    while not kept.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 1 <= last(folder)["gi_model"]["steps"] < 40
-    (folder / "checkpoints" / f".last.{process.pid}.partial.ckpt").write_bytes(
-        b"half"
-    )  # killed while writing
-    assert main(["train", "--resume", str(folder), "--steps", "40", "save_every=1000"]) == 0
-    assert_same_run(whole, folder)
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_killed_while_training_and_while_writing() -> None:
+    whole = train("whole", "--steps", "20")
+    command = ["train", "--config", "tiny.yaml", "--steps", "100000", "save_every=1"]
+    folders = [Path("logs/training"), Path("logs/writing")]
+    kept, written = (folder / "checkpoints" / "last.ckpt" for folder in folders)
+    killed = trainings(
+        {"arguments": command, "environment": {"GI_MODEL_RUN": str(folders[0])}, "kill": str(kept)},
+        {
+            "arguments": command,
+            "environment": {"GI_MODEL_RUN": str(folders[1]), "HALF": "4"},
+            "kill": "half-written",
+        },
+    )
+    assert killed == [[-signal.SIGKILL], [-signal.SIGKILL]]
+    assert 1 <= last(folders[0])["gi_model"]["steps"] < 20
+    (half,) = written.parent.glob(".last.*.partial.ckpt")
+    assert written.stat().st_size / 3 < half.stat().st_size < written.stat().st_size
+    assert last(folders[1])["gi_model"]["steps"] == 3, "the earlier checkpoint is whole"
+    for folder in folders:
+        assert main(["train", "--resume", str(folder), "--steps", "20", "save_every=1000"]) == 0
+        assert_same_run(whole, folder)
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
 def test_a_checkpoint_is_whole_or_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,40 +398,47 @@ def test_quality_is_measured_inside_the_mask() -> None:
         assert torch.equal(masked_quality(image + 0.1 * mask, image, mask), quality)
 
 
-SEVERAL = """
-import os, sys
-import torch
-from gi_model.training import module
-from gi_model import cli
-
-begin = module.TrainingModule.on_fit_start
-def without_batches(self):  # statistics of a batch differ between its halves
-    begin(self)
-    for part in self.modules():
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
-            part.eval()
-module.TrainingModule.on_fit_start = without_batches
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
 def test_two_processes_learn_what_one_does_from_batches_twice_as_large() -> None:
+    validation()
     for i in range(5, 8):
         (Path("photos") / f"{i}.png").write_bytes((Path("photos") / f"{i - 5}.png").read_bytes())
-    Path("several.py").write_text(SEVERAL)
-    options = ["train", "--config", "tiny.yaml", "--steps", "4", "--logdir"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    for count, size in ((1, 4), (2, 2)):
-        start = [*launcher, "2"] if count == 2 else [sys.executable]
-        command = [*start, "several.py", *options, f"logs/{count}", f"data.batch_size={size}"]
-        subprocess.run(command, env=environment, check=True, timeout=120)
-    one, two = (losses(Path(f"logs/{count}"), "train/gen_fm") for count in (1, 2))
-    assert len(one) == 8
-    np.testing.assert_allclose(two, one, rtol=2e-4)
-    np.testing.assert_allclose(
-        losses(Path("logs/2"), "train/discr_adv"), losses(Path("logs/1"), "train/discr_adv"), rtol=2e-4
+    Path("photos/3.png").write_bytes(b"broken")
+    (Path("photos") / "4.png").write_bytes((Path("photos") / "2.png").read_bytes()[:100])
+    one = {"one": {"data": "held-out", "references": 1}}
+    write({**TINY, "data": {**TINY["data"], "validation": one}})
+    Path("cut").mkdir()
+    for path in Path("held-out").iterdir():
+        (Path("cut") / path.name).write_bytes(path.read_bytes())
+    (Path("cut") / "image_000001.png").write_bytes(b"broken")  # which the second process reads
+    common = ["train", "--config", "tiny.yaml", "--steps", "4", "--logdir"]
+    norms = {"EVAL_NORMS": "1"}
+    codes = trainings(
+        {"arguments": [*common, "logs/1", "data.batch_size=4"], "environment": norms},
+        {"arguments": [*common, "logs/2"], "ranks": 2, "environment": norms},
+        {"arguments": [*common, "logs/cut", "data.validation.one.data=cut"], "ranks": 2},
     )
+    said = [[Path(f"{run}-{rank}.out").read_text() for rank in range(len(codes[run]))] for run in range(3)]
+    assert codes[:2] == [[0], [0, 0]], said
+    for term in ("train/gen_fm", "train/discr_adv"):
+        one_process, two = (losses(Path(f"logs/{count}"), term) for count in (1, 2))
+        assert len(two) == len(one_process) == 8
+        np.testing.assert_allclose(two, one_process, rtol=2e-4)
+    np.testing.assert_allclose(
+        losses(Path("logs/2"), "val/one/psnr"), losses(Path("logs/1"), "val/one/psnr"), rtol=1e-3
+    )
+    # Both passes of each of four steps, of two accumulated batches each.
+    assert all("gradients shared 8 times" in text for text in said[1])
+    first, second = said[1]
+    assert "training in" in first and "batch 1 of" in first and "trained 4 steps" in first
+    assert not re.search("training in|batch 1 of|trained", second)
+    count = re.compile(r"^(\d+) photos could not be read and were replaced", re.MULTILINE)
+    counts = [count.search(text) for text in (said[0][0], first)]
+    assert all(counts) and counts[0][1] == counts[1][1], said
+    random = last(next(Path("logs/2").iterdir()))["gi_model"]["random"]
+    assert len(random) == 2
+    # What only one process meets ends the other one too, at once.
+    assert all(codes[2]) and -signal.SIGKILL not in codes[2], said[2]
+    assert any("image_000001.png is not a readable image" in text for text in said[2])
 
 
 def test_weights_are_converted(capsys: pytest.CaptureFixture[str]) -> None:

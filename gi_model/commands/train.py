@@ -149,9 +149,8 @@ def run(options: argparse.Namespace) -> int:
                 started=lambda: _write_configuration(tree, folder),
             )
             if first:
-                unreadable = module.unreadable
-                if unreadable:
-                    print(f"{unreadable} photos could not be read and were replaced by others")
+                if module.unreadable:
+                    print(f"{module.unreadable} photos could not be read and were replaced by others")
                 print(f"trained {module.steps} steps; wrote {folder / 'checkpoints' / LAST}")
                 if testing:
                     _test(configured, module.step.generator, module.stages[0], folder, module.device)

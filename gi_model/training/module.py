@@ -172,6 +172,10 @@ class TrainingModule(pl.LightningModule):
         if self.epoch >= self.configuration.epochs:
             self.trainer.should_stop = True
 
+    def on_train_end(self) -> None:
+        """Photos that could not be read are those of all processes."""
+        self.unreadable = sum(self._gathered(self.unreadable))
+
     @property
     def batches_done(self) -> int:
         """Batches of this process since the beginning of the run, also of earlier starts."""
