@@ -25,7 +25,6 @@ import cv2
 import numpy as np
 import torch
 
-from gi_kernels import flow_warp
 from gi_model.checkpoints import load_checkpoint
 from gi_model.configs import build_generator
 from gi_model.data import Photos, ValidationSet, find_photos
@@ -35,6 +34,7 @@ from gi_model.evaluation.lpips import lpips
 from gi_model.evaluation.similarity import ssim_map
 from gi_model.evaluation.video import masked_lpips
 from gi_model.flow import PlanarStage, Stage
+from gi_model.pixels import align
 from gi_model.propagation import Propagator, inpaint_frame
 from gi_model.published import load_published
 from gi_model.sheet import tabulate
@@ -106,9 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     prepare(folder)
     run = folder / "run"
     if not (folder / "seconds").is_file():
-        begun = time.monotonic()
         learn(folder, run)
-        (folder / "seconds").write_text(f"{time.monotonic() - begun:.0f}")
     seconds = float((folder / "seconds").read_text())
     samples = read_samples(folder / "validation")
     results = fill(samples, run / "checkpoints" / "last.ckpt")
@@ -152,7 +150,7 @@ def prepare(folder: Path) -> None:
 
 
 def learn(folder: Path, run: Path) -> None:
-    """Train; a stopped run goes on."""
+    """Train; a stopped run goes on. ``seconds`` says how long it took, stopped runs included."""
     given = {
         "data": {
             "photos": str(folder / "photos" / "train"),
@@ -160,11 +158,17 @@ def learn(folder: Path, run: Path) -> None:
         }
     }
     last = run / "checkpoints" / "last.ckpt"
-    train(
-        configuration(merged(read_tree([str(CONFIGURATION)]), given)),
-        run,
-        resume=last if last.is_file() else None,
-    )
+    spent = folder / "seconds-so-far"
+    begun = time.monotonic() - (float(spent.read_text()) if last.is_file() and spent.is_file() else 0)
+    try:
+        train(
+            configuration(merged(read_tree([str(CONFIGURATION)]), given)),
+            run,
+            resume=last if last.is_file() else None,
+        )
+    finally:
+        spent.write_text(f"{time.monotonic() - begun:.0f}")
+    spent.rename(folder / "seconds")
 
 
 def read_samples(folder: Path) -> list[Sample]:
@@ -202,15 +206,13 @@ def fill(samples: Sequence[Sample], checkpoint: Path) -> dict[str, list[np.ndarr
 def warp(sample: Sample, stage: Stage) -> np.ndarray:
     """The mean of the references, moved by ``stage``, where they are seen; Telea's inpainting elsewhere."""
     images, masks, references, hidden = _tensors(sample)
-    flow, _ = stage(torch.cat([images, masks], dim=1), torch.cat([references, hidden], dim=2))
-    seen = 1 - hidden
-    # Interpolated from what is seen alone, where most of the weight is on it.
-    colours, weights = flow_warp(torch.cat([references * seen, seen], dim=2)[0], flow[0]).split([3, 1], dim=1)
-    usable = (weights > 0.5).float()
-    colours = (usable * colours / weights.clamp(min=0.5)).sum(dim=0) / usable.sum(dim=0).clamp(min=1)
-    warped = np.round(255 * colours.permute(1, 2, 0).numpy()).clip(0, 255).astype(np.uint8)
+    shown = torch.cat([references, hidden], dim=2)
+    flow, _ = stage(torch.cat([images, masks], dim=1), shown)
+    colours, seen = (part[0] for part in align(shown, flow))
+    mean = colours.sum(dim=0) / seen.sum(dim=0).clamp(min=1)
+    warped = np.round(255 * mean.permute(1, 2, 0).numpy()).clip(0, 255).astype(np.uint8)
     image, mask = sample.blanked[0], sample.masks[0]
-    rest = mask & ~(usable.sum(dim=0)[0] > 0).numpy()
+    rest = mask & ~(seen.sum(dim=0)[0] > 0).numpy()
     return inpaint_frame(np.where((mask & ~rest)[..., None], warped, image), rest)
 
 
@@ -256,7 +258,7 @@ def report(rows: Mapping[str, Mapping[str, float]], count: int, seconds: float) 
         f"Means over {count} samples (seed {SEED}) of {held_out} held-out photos, inside the masks, with two",
         f"references, published distortions and masks at {data.size} pixels, then scaled by {data.scale}.",
         f"The generator has {size:.1f} million parameters and was trained {options.steps} steps of",
-        f"{data.batch_size} samples in {seconds / 60:.1f} minutes on two CPU cores, validation included.",
+        f"{data.batch_size} samples in {seconds / 60:.1f} minutes, validation included.",
         "Nothing that is hidden has an influence on any of the results.",
         f'"{WARP}" is the mean of the references, moved by the flow that "{OURS}" is given, where they are',
         f"seen, and {TELEA} elsewhere. The generator is {'ahead of' if won else 'not ahead of'} {TELEA} and",
@@ -287,14 +289,16 @@ def save_curve(run: Path, rows: Mapping[str, Mapping[str, float]], path: Path) -
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with open(next(run.rglob("metrics.csv")), newline="") as file:
-        logged = list(csv.DictReader(file))
+    logged = []
+    for part in run.rglob("metrics.csv"):  # one for each time that it was started
+        with open(part, newline="") as file:
+            logged += csv.DictReader(file)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axes, key, label in (
         (left, "train/gen_l1", "L1 term"),
         (right, "val/default/psnr", "PSNR in the mask, dB"),
     ):
-        points = [(float(line["step"]), float(line[key])) for line in logged if line.get(key)]
+        points = sorted((float(line["step"]), float(line[key])) for line in logged if line.get(key))
         axes.plot(*zip(*points, strict=True), label="ours")
         axes.set(xlabel="steps", ylabel=label)
     for name, style in ((TELEA, ":"), (PROPAGATION, "--"), (WARP, "-.")):

@@ -15,6 +15,7 @@ from torch import nn
 from gi_kernels import checks, native
 from gi_kernels.nn import DeformableAggregation, KeysValues, check_heads, check_inputs
 from gi_model.graphs import Graphs
+from gi_model.pixels import Guess, PixelPropagation
 from gi_model.published import Names, renamed
 from gi_model.references import Crossing, References
 from gi_model.streams import (
@@ -44,6 +45,9 @@ class Generator(nn.Module):
     - ``flows [B,T,2,h,w]``: flow in pixels of its own grid, x first, from a target to each reference;
     - ``flow_errs [B,T,1,h,w]``: its forward-backward error.
 
+    A generator that propagates pixels adds a correction to its guess, inside the mask only; in training mode
+    its image may leave [0, 1] there.
+
     Height and width must be multiples of ``2^downsamplings``, at least twice that.
     """
 
@@ -58,9 +62,14 @@ class Generator(nn.Module):
         self.channels_last: bool | None = None  # None: on CPUs
         self.graphs = Graphs()
 
-    def _finish(self, out_channels: int) -> None:
+    @property
+    def needs_flow(self) -> bool:
+        """Whether it has to be called with ``flows``."""
+        return False
+
+    def _finish(self, out_channels: int, bounded: bool = True) -> None:
         """Add the decoder to all else, and draw weights for training."""
-        self.decoder = Decoder(self.widths, out_channels)
+        self.decoder = Decoder(self.widths, out_channels, bounded)
         initialise(self)
 
     def for_inference(self, dtype: torch.dtype | None = None, channels_last: bool = True) -> Generator:
@@ -143,6 +152,8 @@ class CrossingGenerator(Generator):
 
     blocks: nn.ModuleList
     aggregations: nn.ModuleList
+    #: Guesses targets for the encoder to see and the decoder to correct; None, as published, for no guess.
+    pixels: PixelPropagation | None
 
     def __init__(
         self,
@@ -153,14 +164,31 @@ class CrossingGenerator(Generator):
         blocks: int,
         crossed: int,
         attends: bool,
+        pixels: int = 0,
     ) -> None:
         super().__init__(in_channels, width, downsamplings, max_width)
         checks.positive("blocks", blocks)
         checks.positive("crossed", crossed)
         self.crossed = min(crossed, blocks)
         self.attends = flag("attends", attends)
-        self.encoder = encoder(in_channels, self.widths)
+        if pixels and in_channels != 4:
+            raise ValueError(f"in_channels: expected 4 to propagate pixels, got {in_channels}")
+        self.pixels = PixelPropagation(pixels, downsamplings) if pixels else None
+        self.encoder = encoder(2 * in_channels if pixels else in_channels, self.widths)
         self.code = PositionCode(self.widths[-1])
+
+    @property
+    def needs_flow(self) -> bool:
+        """Whether it has to be called with ``flows``."""
+        return self.pixels is not None or len(self.aggregations) > 0
+
+    def _finish(self, out_channels: int, bounded: bool = True) -> None:
+        super()._finish(out_channels, bounded and self.pixels is None)
+        if self.pixels is not None:  # begin with the guess
+            if out_channels != 3:
+                raise ValueError(f"out_channels: expected 3 to propagate pixels, got {out_channels}")
+            self.pixels.initialise()
+            nn.init.zeros_(self.decoder.out.weight)
 
     def forward(
         self,
@@ -176,7 +204,7 @@ class CrossingGenerator(Generator):
 
         Args:
             input, srcs, flows, flow_errs: see :class:`Generator`; flow is needed where the generator
-                aggregates features.
+                aggregates features or propagates pixels, its error for the former.
             references: of ``encode_references(srcs)``, instead of ``srcs``; in eval mode the result is
                 the same to the bit.
             return_attention: also return a list with the :class:`Attention` of each block.
@@ -187,9 +215,10 @@ class CrossingGenerator(Generator):
         self._check(input, srcs, flows, flow_errs, references)
         if self.training:
             assert srcs is not None
-            state, sources = self._encode_together(input, srcs)
+            guess = self._guess(input, srcs, flows)
+            state, sources = self._encode_together(_joined(input, guess), self._complete(srcs))
             seen = self._cross(sources, *srcs.shape[:2])
-            return self._fill(state, seen, flows, flow_errs, input.dtype, return_attention)
+            return self._fill(input, guess, state, seen, flows, flow_errs, return_attention)
         if references is None:
             assert srcs is not None
             references = self.encode_references(srcs)
@@ -204,20 +233,35 @@ class CrossingGenerator(Generator):
         return_attention: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, list[Attention]]:
         """:meth:`forward` in eval mode, of checked arguments."""
-        state = self._encode(self._frames(input))
+        guess = self._guess(input, references.frames, flows)
+        state = self._encode(self._frames(_joined(input, guess)))
         seen = [(c.attention, c.aggregation) for c in references.crossings]
-        return self._fill(state, seen, flows, flow_errs, input.dtype, return_attention)
+        return self._fill(input, guess, state, seen, flows, flow_errs, return_attention)
+
+    def _guess(
+        self, input: torch.Tensor, srcs: torch.Tensor | None, flows: torch.Tensor | None
+    ) -> Guess | None:
+        """What references show of the targets, if the generator propagates pixels."""
+        if self.pixels is None:
+            return None
+        assert srcs is not None and flows is not None  # checked
+        return self.pixels(input, srcs, flows, self._frames)  # type: ignore[no-any-return]
+
+    def _complete(self, srcs: torch.Tensor) -> torch.Tensor:
+        """References as the encoder sees them: of theirs nothing is guessed."""
+        return srcs if self.pixels is None else torch.cat([srcs, srcs], dim=2)
 
     def _fill(
         self,
+        input: torch.Tensor,
+        guess: Guess | None,
         state: State,
         seen: Sequence[tuple[KeysValues | None, torch.Tensor | KeysValues | None]],
         flows: torch.Tensor | None,
         flow_errs: torch.Tensor | None,
-        dtype: torch.dtype,
         return_attention: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, list[Attention]]:
-        """Images of ``dtype`` from the targets' state and what each crossed block sees of the references."""
+        """Images from the targets' state and what each crossed block sees of the references."""
         attentions = []
         for i, block in enumerate(self.blocks):
             attention, aggregation = seen[i] if i < self.crossed else (None, None)
@@ -231,7 +275,11 @@ class CrossingGenerator(Generator):
                 else:  # projects on the way, in a fraction of the memory
                     features = layer(state[0], aggregation, flows, flow_errs)
                 state = (features, *state[1:])
-        out = self.decoder(state[0]).to(dtype)
+        out = self.decoder(state[0])
+        if guess is not None:
+            out = guess.colours + input[:, 3:] * out
+            out = out if self.training else out.clamp(0, 1)
+        out = out.to(input.dtype)
         return (out, [a for a in attentions if a is not None]) if return_attention else out
 
     def encode_references(self, srcs: torch.Tensor) -> References:
@@ -255,12 +303,12 @@ class CrossingGenerator(Generator):
     def _encode_batch(self, srcs: torch.Tensor) -> References:
         """:meth:`encode_references` in one batch."""
         B, T, _, H, W = srcs.shape
-        state = self._encode(self._frames(srcs.flatten(0, 1)))
+        state = self._encode(self._frames(self._complete(srcs).flatten(0, 1)))
         crossings = []
         for i, (attention, features) in enumerate(self._cross(state, B, T)):
             aggregation = self._aggregation(i).project(features) if self.aggregations else None
             crossings.append(Crossing(attention, aggregation))
-        return References(B, T, (H, W), tuple(crossings))
+        return References(B, T, (H, W), tuple(crossings), None if self.pixels is None else srcs)
 
     def _aggregation(self, i: int) -> DeformableAggregation:
         layer = self.aggregations[i]
@@ -307,9 +355,9 @@ class CrossingGenerator(Generator):
             named.append(("srcs", srcs, f"B T {self.channels} H W"))
         self._check_frames(*named)
         count = srcs.shape[1] if srcs is not None else self._check_references(input, references)
-        if not len(self.aggregations):
-            return
-        for name, tensor, channels in (("flows", flows, 2), ("flow_errs", flow_errs, 1)):
+        needed = [("flows", flows, 2)] if self.needs_flow else []
+        needed += [("flow_errs", flow_errs, 1)] if len(self.aggregations) else []
+        for name, tensor, channels in needed:
             pattern = f"{input.shape[0]} {count} {channels} h w"
             if tensor is None:
                 raise ValueError(f"{name}: expected a tensor [{pattern.replace(' ', ', ')}], got None")
@@ -337,7 +385,8 @@ class CrossingGenerator(Generator):
                 f"got {references.batch} x {len(references)} of {references.size[0]} x {references.size[1]}"
             )
         kinds = [(c.attention is not None, c.aggregation is not None) for c in references.crossings]
-        if kinds != [(self.attends, len(self.aggregations) > 0)] * self.crossed:
+        alike = kinds == [(self.attends, len(self.aggregations) > 0)] * self.crossed
+        if not alike or (references.frames is None) != (self.pixels is None):
             raise ValueError("references: expected those of this generator, got those of one built otherwise")
         weight = self._weight()
         device = weight.device.type
@@ -367,6 +416,8 @@ class TwoStreamGenerator(CrossingGenerator):
         window_heads: of reading from and writing to features.
         attends: whether latents attend to the references' latents.
         aggregates: whether features of the references are aggregated along flow.
+        pixels: channels of the network that propagates pixels before features, see
+            :class:`~gi_model.pixels.PixelPropagation`; 0, as published, for none.
     """
 
     def __init__(
@@ -387,8 +438,9 @@ class TwoStreamGenerator(CrossingGenerator):
         window_heads: int = 8,
         attends: bool = True,
         aggregates: bool = True,
+        pixels: int = 0,
     ) -> None:
-        super().__init__(in_channels, width, downsamplings, max_width, blocks, crossed, attends)
+        super().__init__(in_channels, width, downsamplings, max_width, blocks, crossed, attends, pixels)
         C = self.widths[-1]
         checks.positive("grid", grid)
         check_heads(C, heads)
@@ -423,7 +475,13 @@ class TwoStreamGenerator(CrossingGenerator):
         parts |= {f"blocks.{i}": f"model.{start + 1 + i}" for i in range(len(self.blocks))}
         parts |= self.decoder.published_parts(start + len(self.blocks) + 2)
         parts |= {f"aggregations.{i}": f"deformable_writes.{i}" for i in range(len(self.aggregations))}
+        parts |= {} if self.pixels is None else {"pixels": "pixels"}  # was never published
         return renamed(self, parts)
+
+
+def _joined(input: torch.Tensor, guess: Guess | None) -> torch.Tensor:
+    """Targets as the encoder sees them."""
+    return input if guess is None else torch.cat([input, *(part.to(input.dtype) for part in guess)], dim=1)
 
 
 def _segments(attention: KeysValues | None) -> Sequence[KeysValues] | None:

@@ -43,12 +43,14 @@ class References:
         count: ``T``.
         size: height and width of the frames.
         crossings: what each crossed block keeps.
+        frames: the frames themselves with their masks, ``[B,T,4,H,W]``, for generators that propagate pixels.
     """
 
     batch: int
     count: int
     size: tuple[int, int]
     crossings: tuple[Crossing, ...]
+    frames: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -56,7 +58,7 @@ class References:
     @property
     def nbytes(self) -> int:
         """Memory of all tensors."""
-        return sum(t.numel() * t.element_size() for c in self.crossings for t in c.tensors())
+        return sum(t.numel() * t.element_size() for t in self._tensors())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> References:
         """The same references on ``device``."""
@@ -84,7 +86,9 @@ class References:
             Crossing(_joined([c.attention for c in row]), _joined([c.aggregation for c in row]))
             for row in zip(*(part.crossings for part in parts), strict=True)
         )
-        return replace(parts[0], count=sum(map(len, parts)), crossings=crossings)
+        frames = [part.frames for part in parts if part.frames is not None]
+        joined = _in_memory_order(_cat, *frames) if frames else None
+        return replace(parts[0], count=sum(map(len, parts)), crossings=crossings, frames=joined)
 
     def drop(self, *indices: int) -> References:
         """All references but those at ``indices``; at least one must remain.
@@ -129,11 +133,19 @@ class References:
             return None if pair is None else (change(pair[0]), change(pair[1]))
 
         crossings = (Crossing(changed(c.attention), changed(c.aggregation)) for c in self.crossings)
-        return replace(self, crossings=tuple(crossings))
+        frames = None if self.frames is None else change(self.frames)
+        return replace(self, crossings=tuple(crossings), frames=frames)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        """All tensors; the references are dimension 1 of each."""
+        for crossing in self.crossings:
+            yield from crossing.tensors()
+        if self.frames is not None:
+            yield self.frames
 
     def _kind(self) -> str:
         """What must agree between references that go together."""
-        tensors = [t for c in self.crossings for t in c.tensors()]
+        tensors = list(self._tensors())
         shapes = [(*t.shape[:1], "T", *t.shape[2:]) for t in tensors]
         where = {f"{t.dtype} on {t.device}" for t in tensors}
         size = "x".join(map(str, self.size))

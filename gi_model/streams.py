@@ -507,10 +507,14 @@ class FoldedUpRelu(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features ``[B,widths[-1],h,w]`` -> image in (0, 1), ``[B,out,H,W]``; widths from fine to coarse."""
+    """Features ``[B,widths[-1],h,w]`` -> ``[B,out,H,W]``; widths from fine to coarse.
 
-    def __init__(self, widths: list[int], out: int) -> None:
+    ``bounded``: an image in (0, 1); otherwise any numbers.
+    """
+
+    def __init__(self, widths: list[int], out: int, bounded: bool = True) -> None:
         super().__init__()
+        self.bounded = bounded
         coarse_to_fine = widths[::-1]
         self.up = nn.Sequential(*(UpNormRelu(*pair) for pair in pairwise(coarse_to_fine)))
         self.out = ReflectConv(widths[0], out, 7)
@@ -519,7 +523,8 @@ class Decoder(nn.Module):
         padded = reflect(self.up(features), 3)
         bias = self.out.bias
         assert bias is not None
-        return narrow_convolution(padded, self.out.weight, bias).sigmoid()
+        out = narrow_convolution(padded, self.out.weight, bias)
+        return out.sigmoid() if self.bounded else out
 
     def published_parts(self, start: int) -> dict[str, str]:
         """Published names by own part, the first transposed convolution being ``model.<start>``."""

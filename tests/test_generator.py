@@ -51,6 +51,7 @@ SMALL_CONFIGS = {
     "conv": {"kind": "two_stream", **SMALL, **STREAMS, "refine": "conv"},
     "no flow": {"kind": "two_stream", **SMALL, **STREAMS, "aggregates": False},
     "no attention": {"kind": "two_stream", **SMALL, **STREAMS, "attends": False},
+    "pixels": {"kind": "two_stream", **SMALL, **STREAMS, "pixels": 4},
     "lama": {"kind": "lama", **SMALL, "blocks": 2},
     "transformer": {"kind": "transformer", **SMALL, "blocks": 3, "heads": 2},
 }
@@ -369,7 +370,7 @@ def test_batch_norm_updates():
 
 # -- references --------------------------------------------------------------------------------------
 
-CROSSING = ["fourier", "conv", "no flow", "no attention", "transformer"]
+CROSSING = ["fourier", "conv", "no flow", "no attention", "pixels", "transformer"]
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])

@@ -11,6 +11,7 @@ import torch
 cv2 = pytest.importorskip("cv2", reason="the [video] extra is not installed")
 
 from gi_model.flow import DISStage, PlanarStage  # noqa: E402
+from gi_model.flow.planar import _Features  # noqa: E402
 
 SIDE = 96
 # Turned by 30 degrees, enlarged by a fifth, moved, a little tilted.
@@ -72,9 +73,9 @@ def test_what_is_hidden_has_no_influence() -> None:
 def test_a_pair_without_features_is_left_to_dis_and_others_are_not() -> None:
     target, source, hidden, _ = pair()
     nothing = np.zeros_like(hidden)
-    smooth = cv2.GaussianBlur(np.where(hidden[..., None], (160, 150, 140), 90).astype(np.uint8), (0, 0), 16)
+    smooth = np.broadcast_to(np.arange(60, 60 + SIDE, dtype=np.uint8)[:, None], (SIDE, SIDE, 3)).copy()
     first = torch.cat([frame(smooth, nothing), frame(target, nothing)])
-    second = torch.cat([frame(np.roll(smooth, 2, axis=1), nothing), frame(source, nothing)])
+    second = torch.cat([frame(smooth + np.uint8(2), nothing), frame(source, nothing)])
     flow, error = PlanarStage()(first, [second, second.flip(0)])
     dis, dis_error = DISStage()(first, [second, second.flip(0)])
     for i, t in ((0, 0), (0, 1), (1, 1)):
@@ -82,6 +83,27 @@ def test_a_pair_without_features_is_left_to_dis_and_others_are_not() -> None:
     alone, alone_error = PlanarStage()(first[1:], [second[1:]])
     assert torch.equal(flow[1, 0], alone[0, 0]) and torch.equal(error[1, 0], alone_error[0, 0])
     assert not torch.allclose(alone[0, 0], dis[1, 0], atol=2)
+
+
+def test_few_matches_are_enough_for_a_similarity() -> None:
+    stage = PlanarStage()
+    points = np.array([[10.0, 12], [70, 20], [60, 80], [15, 66], [40, 41]])
+    matrix = np.array([[0.9, -0.5, 30], [0.5, 0.9, -9], [0, 0, 1]])
+    moved = points @ matrix[:2, :2].T + matrix[:2, 2]
+    looks = 100 * np.eye(5, 128, dtype=np.float32)  # each like nothing else
+
+    def found(first: np.ndarray, second: np.ndarray, n: int) -> tuple[np.ndarray, float] | None:
+        return stage._homography(
+            _Features(first[:n], looks[:n]), _Features(second[:n], looks[:n]), SIDE, SIDE
+        )
+
+    for n in (4, 5):
+        result = found(points, moved, n)
+        assert result is not None and result[1] < 1e-4
+        np.testing.assert_allclose(result[0], matrix, atol=1e-4)
+    assert found(points, moved, 3) is None
+    assert found(points, points[[1, 3, 0, 4, 2]] * (1, 0.3), 5) is None, "four do not agree"
+    assert found(points, 3 * points, 5) is None, "scales too much"
 
 
 def test_encodings_stand_for_frames_and_errors_are_those_of_dis() -> None:

@@ -33,8 +33,8 @@ NAMED: dict[str, dict[str, Any]] = {
     "transformer": {"kind": "transformer"},
     # Not published: learns on a CPU within minutes, see tiny.yaml.
     "tiny": {
-        "kind": "two_stream", "width": 16, "downsamplings": 1, "blocks": 2, "refine": "conv", "grid": 8,
-        "heads": 4, "window_heads": 4,
+        "kind": "two_stream", "width": 16, "downsamplings": 2, "blocks": 2, "refine": "conv", "grid": 8,
+        "heads": 4, "window_heads": 4, "pixels": 32,
     },
 }  # fmt: skip
 

@@ -84,7 +84,7 @@ def load_filler(
     generator = build_generator(config)
     load_published(generator, load_checkpoint(checkpoint, part="generator"))
     stage: Stage | None = None
-    if len(getattr(generator, "aggregations", ())):
+    if generator.needs_flow:
         without: dict[str, type[Stage]] = {"dis": DISStage, "planar": PlanarStage}
         stage = without[flow]() if flow in without else _raft_stage(checkpoint, flow_checkpoint).to(device)
     return Filler(generator.eval().for_inference().to(device), stage)

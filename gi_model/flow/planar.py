@@ -28,11 +28,12 @@ class PlanarStage(DISStage):
 
     Per pair, SIFT features of what is not masked are matched, and MAGSAC finds a homography ``H`` from the
     target to the source. The flow is :math:`H(p) - p`, inside the mask as well; the error is one number for
-    all of the pair's pixels, the mean distance in pixels of matches that agree with ``H``. A pair for which
-    fewer than 8 agree gets flow and error by DIS. Arguments, results and errors are those of its class.
+    all of the pair's pixels, the mean distance in pixels of matches that agree with ``H``. Where fewer than 6
+    agree, ``H`` is a similarity, which turns, scales and moves, found by RANSAC, on which 4 have to agree. A
+    pair without one gets flow and error by DIS. Arguments, results and errors are those of its class.
 
     What is masked has no influence: it is inpainted first, for either method. Frames whose shorter side is
-    below 128 pixels are enlarged to find features in them. Results are the same each time; to that end
+    below 192 pixels are enlarged to find features in them. Results are the same each time; to that end
     OpenCV's random numbers are seeded. Frames on another device are copied to the CPU.
 
     Sources: Lowe, "Distinctive Image Features from Scale-Invariant Keypoints", 2004; Barath et al.,
@@ -40,15 +41,18 @@ class PlanarStage(DISStage):
     """
 
     #: Frames with a shorter side below this many pixels are enlarged.
-    SHORTER_SIDE = 128
+    SHORTER_SIDE = 192
     #: A match counts if its descriptors' distance is below this part of the second best match's.
     RATIO = 0.8
-    #: So many matches have to agree.
-    INLIERS = 8
+    #: So many matches have to agree on a homography, which has 8 parameters.
+    INLIERS = 6
+    #: So many on a similarity, which has 4, and scales by at most ``LARGEST`` or its inverse.
+    SIMILAR = 4
+    LARGEST = 2.5
 
     def __init__(self) -> None:
         super().__init__()
-        self._sift = cv2.SIFT.create(1000, contrastThreshold=0.003)
+        self._sift = cv2.SIFT.create(1000, contrastThreshold=0.001)
         self._matcher = cv2.BFMatcher.create(cv2.NORM_L2)
 
     @torch.no_grad()
@@ -97,14 +101,14 @@ class PlanarStage(DISStage):
         self, target: _Features, source: _Features, height: int, width: int
     ) -> tuple[np.ndarray, float] | None:
         """``[3,3]`` from the target to the source, and its error in pixels."""
-        if len(target.points) < self.INLIERS or len(source.points) < self.INLIERS:
+        if min(len(target.points), len(source.points)) < self.SIMILAR:
             return None
         pairs = [
             (best.queryIdx, best.trainIdx)
             for best, second in self._matcher.knnMatch(target.descriptors, source.descriptors, k=2)
             if best.distance < self.RATIO * second.distance
         ]
-        if len(pairs) < self.INLIERS:
+        if len(pairs) < self.SIMILAR:
             return None
         first, second = (
             points[list(i)]
@@ -113,6 +117,20 @@ class PlanarStage(DISStage):
         # Places are found to about half a pixel, and less exactly for the large features of large frames.
         threshold = 0.5 + 1.5 * min(height, width) / 256
         cv2.setRNGSeed(0)
+        found = self._tilted(first, second, threshold, height, width)
+        found = found or self._similar(first, second, threshold)
+        if found is None:
+            return None
+        matrix, inside = found
+        distances = np.linalg.norm(_moved(matrix, first[inside]) - second[inside], axis=1)
+        return matrix, float(distances.mean())
+
+    def _tilted(
+        self, first: np.ndarray, second: np.ndarray, threshold: float, height: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """A homography and which matches agree with it."""
+        if len(first) < self.INLIERS:
+            return None
         matrix, inliers = cv2.findHomography(first, second, cv2.USAC_MAGSAC, threshold)
         if matrix is None or inliers.sum() < self.INLIERS:
             return None
@@ -120,9 +138,20 @@ class PlanarStage(DISStage):
         # At zero and below the plane is seen from its edge or from behind.
         if (corners @ matrix[2, :2] + matrix[2, 2]).min() < 0.1:
             return None
-        inside = inliers.ravel() > 0
-        distances = np.linalg.norm(_moved(matrix, first[inside]) - second[inside], axis=1)
-        return matrix, float(distances.mean())
+        return matrix, inliers.ravel() > 0
+
+    def _similar(
+        self, first: np.ndarray, second: np.ndarray, threshold: float
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """A similarity, as a homography, and which matches agree with it."""
+        matrix, inliers = cv2.estimateAffinePartial2D(
+            first, second, method=cv2.RANSAC, ransacReprojThreshold=threshold
+        )
+        if matrix is None or inliers.sum() < self.SIMILAR:
+            return None
+        if not 1 / self.LARGEST < np.sqrt(abs(np.linalg.det(matrix[:, :2]))) < self.LARGEST:
+            return None
+        return np.vstack([matrix, [0, 0, 1]]), inliers.ravel() > 0
 
 
 def _inpainted(frame: torch.Tensor) -> torch.Tensor:

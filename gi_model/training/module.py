@@ -142,12 +142,12 @@ class TrainingModule(pl.LightningModule):
         self.alternation.global_step = self.steps
         loop = self.trainer.fit_loop.epoch_loop
         loop._batches_that_stepped = self.steps
-        loop.manual_optimization.optim_step_progress.total.completed = 2 * self.steps
+        loop.manual_optimization.optim_step_progress.total.completed = self.alternation.passes * self.steps
         for name in ("ready", "started", "processed", "completed"):
             setattr(loop.batch_progress.total, name, self.batches_done)
 
     def training_step(self, samples: Mapping[str, Any], index: int) -> None:
-        """Both passes of a batch."""
+        """The passes of a batch."""
         if self.random_state is not None:
             _set_random_state(self.random_state)
             self.random_state = None

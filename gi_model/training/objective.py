@@ -28,8 +28,10 @@ class Objective(nn.Module):
     """What generator and discriminator minimize.
 
     Generator: weighted L1 + adversarial + feature matching + perceptual. All terms see the prediction as
-    it is, not the composite. The discriminator is used in the mode it is in; in the published training
-    that is training mode in both steps, so that its running statistics are updated four times a batch.
+    it is, not the composite. Where neither the adversarial term nor feature matching has a
+    weight, nothing is ``judged``, and the discriminator is not used. Otherwise it is used in the mode it is
+    in; in the published training that is training mode in both steps, so that its running statistics are
+    updated four times a batch.
 
     Args:
         adversarial: the adversarial terms.
@@ -48,6 +50,11 @@ class Objective(nn.Module):
         self.weights = weights or Weights()
         self.perceptual = perceptual
 
+    @property
+    def judged(self) -> bool:
+        """Whether any term of the generator depends on the discriminator."""
+        return self.adversarial.weight > 0 or self.weights.feature_matching > 0
+
     def generator_terms(
         self,
         discriminator: Discriminator,
@@ -64,9 +71,10 @@ class Objective(nn.Module):
         """
         weights = self.weights
         terms = {"l1": weighted_l1(predicted, image, mask, weights.l1_known, weights.l1_missing)}
-        _, real_features = discriminator(image)
-        fake_logits, fake_features = discriminator(predicted)
-        terms["adv"] = self.adversarial.generator_loss(fake_logits, mask)
+        if self.judged:
+            _, real_features = discriminator(image)
+            fake_logits, fake_features = discriminator(predicted)
+            terms["adv"] = self.adversarial.generator_loss(fake_logits, mask)
         if weights.feature_matching > 0:
             matched = feature_matching(
                 fake_features, real_features, mask if weights.feature_matching_masked else None

@@ -189,8 +189,7 @@ def build_stage(configuration: Configuration, generator: Generator) -> Stage | N
         InputError: weights of RAFT are missing or do not fit.
     """
     flow = configuration.flow
-    needed = len(getattr(generator, "aggregations", ())) > 0
-    if not needed:
+    if not generator.needs_flow:
         return None
     if flow.kind == "none":
         raise InputError("flow.kind: this generator needs flow, expected raft, dis or planar, got none")

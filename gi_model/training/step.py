@@ -104,9 +104,10 @@ class Step(nn.Module):
 class Alternation:
     """Steps of two optimizers over accumulated batches.
 
-    Every batch runs both passes; their gradients, divided by ``accumulate``, gather until ``accumulate``
-    batches are done or the epoch ends, however many there were. Learning rates follow ``schedule``, a
-    factor of the number of steps done.
+    Every batch runs both passes, or the generator's alone where nothing is judged by the discriminator;
+    their gradients, divided by ``accumulate``, gather until ``accumulate`` batches are done or the epoch
+    ends, however many there were. Learning rates follow ``schedule``, a factor of
+    the number of steps done.
 
     Args:
         step: the networks.
@@ -130,23 +131,24 @@ class Alternation:
         self.step, self.optimizers, self.accumulate = step, optimizers, accumulate
         self.backward, self.inspect = backward, inspect
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
+        #: How many of the optimizers step.
+        self.passes = 2 if step.objective.judged else 1
         self.global_step = 0
 
     def batch(self, batch: Batch, number: int, last: bool) -> tuple[Terms, Terms]:
-        """Both passes of batch ``number`` of an epoch, the ``last`` one or not; their terms."""
+        """The passes of batch ``number`` of an epoch, the ``last`` one or not; their terms."""
         stepping = last or (number + 1) % self.accumulate == 0
-        loss, generator_terms = self.step.generator_pass(batch)
-        self.inspect(0, generator_terms)
-        self._learn(0, loss, number, stepping)
-        loss, discriminator_terms = self.step.discriminator_pass(batch)
-        self.inspect(1, discriminator_terms)
-        self._learn(1, loss, number, stepping)
+        terms: list[Terms] = [{}, {}]
+        for which, run in enumerate((self.step.generator_pass, self.step.discriminator_pass)[: self.passes]):
+            loss, found = run(batch)
+            self.inspect(which, found)
+            self._learn(which, loss, number, stepping)
+            terms[which] = {name: term.detach() for name, term in found.items()}
         if stepping:
-            for schedule in self.schedules:
+            for schedule in self.schedules[: self.passes]:
                 schedule.step()
             self.global_step += 1
-        detached = [{k: v.detach() for k, v in t.items()} for t in (generator_terms, discriminator_terms)]
-        return detached[0], detached[1]
+        return terms[0], terms[1]
 
     def _learn(self, which: int, loss: torch.Tensor, number: int, stepping: bool) -> None:
         optimizer = self.optimizers[which]
