@@ -148,6 +148,14 @@ def test_a_run_that_goes_on_computes_what_it_would_have(stop: int) -> None:
     )
 
 
+def test_a_run_that_nothing_judges_goes_on_too() -> None:
+    write({**TINY, "losses": {"perceptual": 0, "feature_matching": 0, "adversarial": {"weight": 0}}})
+    whole, halved = train("whole"), train("halved", "--steps", "3")
+    assert main(["train", "--resume", str(halved), "--steps", "6"]) == 0
+    assert_same_run(whole, halved)
+    assert len(losses(whole)) == len(losses(halved)) and not losses(whole, "train/discr_adv")
+
+
 def test_a_loss_that_falls() -> None:
     write({**TINY, "data": {**TINY["data"], "easy": True}})
     folder = train("falls", "--steps", "200", "learning_rate=1e-2", "accumulate=1", "save_every=50")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from gi_model.training import (
     SceneEncoder,
     Step,
     WarmUpCosine,
+    Weights,
     feature_matching,
     weighted_l1,
 )
@@ -340,6 +342,30 @@ def test_passes_give_gradients_to_one_network_only() -> None:
     step.discriminator_pass(toy_batch(0))[0].backward()
     assert all(p.grad is None for p in step.generator.parameters())
     assert all(p.grad is not None for p in step.discriminator.parameters())
+
+
+@pytest.mark.parametrize(("adversarial", "matching"), [(0, 0), (0, 1), (0.1, 0)], ids=str)
+def test_a_discriminator_that_nothing_depends_on_does_not_run(adversarial: float, matching: float) -> None:
+    step = toy_step(None)
+    step.objective = Objective(
+        Adversarial(weight=adversarial), weights=Weights(l1_known=1, feature_matching=matching)
+    )
+    calls: list[int] = []
+    step.discriminator.register_forward_hook(lambda *_: calls.append(1))
+    before = [[p.clone() for p in network.parameters()] for network in (step.generator, step.discriminator)]
+    optimizers = tuple(torch.optim.Adam(n.parameters(), 0.1) for n in (step.generator, step.discriminator))
+    training = Alternation(step, optimizers, WarmUpCosine(warm_up_steps=0))  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        # A schedule whose optimizer never steps would warn.
+        warnings.filterwarnings("error", message=".*lr_scheduler")
+        terms = training.batch(toy_batch(0), 0, last=True)
+    judged = adversarial + matching > 0
+    assert len(calls) == (4 if judged else 0) and training.global_step == 1
+    assert ("adv" in terms[0], "adv" in terms[1], "fm" in terms[0]) == (judged, judged, matching > 0)
+    networks = (step.generator, step.discriminator)
+    for network, weights, learns in zip(networks, before, (True, judged), strict=True):
+        same = [torch.equal(p, w) for p, w in zip(network.parameters(), weights, strict=True)]
+        assert not all(same) if learns else all(same)
 
 
 def test_frozen_restores_what_was_trained() -> None:
