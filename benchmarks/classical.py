@@ -9,7 +9,7 @@ import torch
 
 from gi_kernels import complete_flow, flow_warp
 from gi_model.flow import DISFlow
-from gi_model.propagation import inpaint_frame
+from gi_model.inpainting import inpaint_frame
 
 Frames = Sequence[np.ndarray]  # [H,W,3] uint8
 Masks = Sequence[np.ndarray]  # [H,W] bool

@@ -34,8 +34,9 @@ from gi_model.evaluation.lpips import lpips
 from gi_model.evaluation.similarity import ssim_map
 from gi_model.evaluation.video import masked_lpips
 from gi_model.flow import PlanarStage, Stage
+from gi_model.inpainting import inpaint_frame
 from gi_model.pixels import align
-from gi_model.propagation import Propagator, inpaint_frame
+from gi_model.propagation import Propagator
 from gi_model.published import load_published
 from gi_model.sheet import tabulate
 from gi_model.staging import staged, staged_folder

@@ -16,7 +16,8 @@ from test_propagate import COUNT, H, W, blank, box_masks, pan, write_clip  # noq
 from gi_model import cli, export_published, video  # noqa: E402
 from gi_model.flow import RAFT, DISStage, FlowStage  # noqa: E402
 from gi_model.generator import TwoStreamGenerator  # noqa: E402
-from gi_model.propagation import LearnedPropagator, inpaint_frame  # noqa: E402
+from gi_model.inpainting import inpaint_frame  # noqa: E402
+from gi_model.propagation import LearnedPropagator  # noqa: E402
 
 
 def small_generator() -> TwoStreamGenerator:

@@ -24,8 +24,9 @@ pytest.importorskip("av", reason="the [video] extra is not installed")
 import gi_model  # noqa: E402
 from gi_model import cli, demo, video  # noqa: E402
 from gi_model.flow import DISFlow  # noqa: E402
+from gi_model.inpainting import inpaint_frame  # noqa: E402
 from gi_model.metrics import MaskedQuality, similarity_map  # noqa: E402
-from gi_model.propagation import Propagator, VisibilityPolicy, inpaint_frame  # noqa: E402
+from gi_model.propagation import Propagator, VisibilityPolicy  # noqa: E402
 from gi_model.propagation.neighbours import affine_motion, connect, continue_flow  # noqa: E402
 from gi_model.propagation.sampling import sample_colour, sample_maps  # noqa: E402
 from gi_model.sheet import HEADING, LINE, Sheet  # noqa: E402

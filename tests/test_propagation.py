@@ -15,8 +15,9 @@ pytest.importorskip("av", reason="the [video] extra is not installed")
 
 from test_propagate import COUNT, H, W, blank, box_masks, pan, plane, zoom  # noqa: E402
 
+from gi_model.inpainting import inpaint_frame  # noqa: E402
 from gi_model.metrics import MaskedQuality  # noqa: E402
-from gi_model.propagation import Propagator, VisibilityPolicy, engine, inpaint_frame  # noqa: E402
+from gi_model.propagation import Propagator, VisibilityPolicy, engine  # noqa: E402
 from gi_model.propagation.cuts import same_scene, thumbnail  # noqa: E402
 from gi_model.propagation.fusion import Fusion  # noqa: E402
 from gi_model.propagation.membrane import membrane  # noqa: E402

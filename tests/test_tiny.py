@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import tiny
 from gi_model.configs import build_generator
-from gi_model.propagation import inpaint_frame
+from gi_model.inpainting import inpaint_frame
 from gi_model.training.configuration import read_configuration
 
 ROWS = {

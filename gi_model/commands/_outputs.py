@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 
 from gi_model.errors import InputError
+from gi_model.inpainting import inpaint_frame
 from gi_model.metrics import MaskedQuality
-from gi_model.propagation import inpaint_frame
 from gi_model.sheet import HOLE, Sheet
 from gi_model.staging import staged, staged_folder
 from gi_model.video import VIDEOS, FrameWriter, to_8_bit, write_image

@@ -12,7 +12,7 @@ import torch
 
 from gi_model.flow.dis import DISStage, bytes_of, grey
 from gi_model.flow.stage import by_source, check_frames
-from gi_model.propagation.engine import inpaint_frame
+from gi_model.inpainting import inpaint_frame
 
 
 @dataclass(frozen=True)

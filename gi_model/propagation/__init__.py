@@ -1,7 +1,7 @@
 """Repairing masked regions of a video from the frames that see them, and carrying edits through it."""
 
 from gi_model.propagation.edits import EditError, EditPropagator
-from gi_model.propagation.engine import Propagator, inpaint_frame
+from gi_model.propagation.engine import Propagator
 from gi_model.propagation.learned import LearnedPropagator, load_propagator
 from gi_model.propagation.policy import Policy, VisibilityPolicy
 
@@ -12,6 +12,5 @@ __all__ = [
     "Policy",
     "Propagator",
     "VisibilityPolicy",
-    "inpaint_frame",
     "load_propagator",
 ]

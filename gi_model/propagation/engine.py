@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import cv2
 import numpy as np
 
 from gi_model.flow import DISFlow, FlowEstimator
@@ -308,25 +307,3 @@ def with_masks(
                 f"got {mask.shape[1]}x{mask.shape[0]} at frame {index}"
             )
         yield image, mask
-
-
-def inpaint_frame(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Fill ``mask`` from the frame itself (Telea, 2004): ``[H,W,3]`` uint8 or uint16, ``[H,W]`` bool.
-
-    What is inside the mask has no influence. Grey where there is nothing outside.
-    """
-    if not mask.any():
-        return image
-    if mask.all():
-        return np.full_like(image, np.iinfo(image.dtype).max // 2)
-    box = bounding_box(mask, 8)  # the method looks 3 pixels far
-    blank = np.where(mask[box][..., None], image.dtype.type(0), image[box])
-    hole = mask[box].astype(np.uint8)
-    if image.dtype == np.uint8:
-        filled = cv2.inpaint(blank, hole, 3, cv2.INPAINT_TELEA)
-    else:  # OpenCV takes these one channel at a time
-        channels = [cv2.inpaint(c, hole, 3, cv2.INPAINT_TELEA) for c in np.moveaxis(blank, 2, 0).copy()]
-        filled = np.stack(channels, axis=2)
-    result = image.copy()
-    result[box] = filled
-    return result

@@ -15,8 +15,9 @@ from gi_kernels import flow_consistency
 from gi_model.errors import InputError
 from gi_model.flow import DISFlow, FlowEstimator, Stage
 from gi_model.generator import CrossingGenerator
+from gi_model.inpainting import inpaint_frame
 from gi_model.propagation.cuts import Thumbnail, same_scene, thumbnail
-from gi_model.propagation.engine import inpaint_frame, with_masks
+from gi_model.propagation.engine import with_masks
 from gi_model.propagation.finished import Finished
 from gi_model.propagation.fusion import RIM, rim_correction
 from gi_model.propagation.membrane import membrane
