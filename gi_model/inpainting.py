@@ -1,4 +1,4 @@
-"""Filling a hole in an image from the image alone: what flow and propagation begin with, and are compared with."""
+"""Filling a hole in a single image: what flow and propagation begin with, and are compared with."""
 
 from __future__ import annotations
 

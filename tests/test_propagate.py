@@ -610,6 +610,19 @@ def test_metrics():
     assert math.isclose(quality.ssim, expected, rel_tol=1e-6)
 
 
+def test_metrics_of_16_bits():
+    """On their own range, so that less than a grey level of 8 bits counts."""
+    deep, mask = np.full((20, 20, 3), 25700, np.uint16), np.ones((20, 20), bool)
+    quality = MaskedQuality()
+    quality.add(deep + np.uint16(100), deep, mask)
+    assert math.isclose(quality.psnr, 10 * math.log10(65535**2 / 100**2), rel_tol=1e-9)
+    a, b = (np.repeat(image[..., :1], 3, axis=2) for image in pan()[:2])  # grey: luma is not rounded
+    twice = [similarity_map(a, b), similarity_map(*(image.astype(np.uint16) * 257 for image in (a, b)))]
+    assert np.allclose(*twice, atol=1e-6) and twice[0].std() > 0.1
+    with pytest.raises(TypeError, match="images: expected two uint8 or two uint16, got uint16 and uint8"):
+        quality.add(deep, a, mask)
+
+
 def test_metrics_look_inside_the_mask_only():
     a = pan()[0]
     mask = box_masks()[0]

@@ -154,9 +154,10 @@ class Outputs:
             self.side.write(_beside(step.image, step.mask, result), step.time)
         if self._motion is not None:
             self._motion.add(index, repaired)
-        if truth is not None and self.ours is not None:
-            self.ours.add(repaired, truth, step.mask)
-            self.inpainted.add(inpaint_frame(image, step.mask), truth, step.mask)
+        if step.truth is not None and self.ours is not None:
+            known = _as_deep_as(result, step.truth)
+            self.ours.add(result, known, step.mask)
+            self.inpainted.add(inpaint_frame(step.image, step.mask), known, step.mask)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -195,6 +196,13 @@ def flow_picture(flow: np.ndarray) -> np.ndarray:
     speed = np.hypot(x, y) / (FAST * min(flow.shape[:2]))
     colours = np.stack([hue, 255 * np.sqrt(np.clip(speed, 0, 1)), np.full_like(hue, 255)], axis=-1)
     return cv2.cvtColor(colours.astype(np.uint8), cv2.COLOR_HSV2RGB)
+
+
+def _as_deep_as(result: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """``truth`` with as many bits as ``result``."""
+    if truth.dtype == result.dtype:
+        return truth
+    return to_8_bit(truth) if result.dtype == np.uint8 else truth.astype(np.uint16) * 257
 
 
 def _beside(image: np.ndarray, mask: np.ndarray, result: np.ndarray) -> np.ndarray:
