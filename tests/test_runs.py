@@ -31,8 +31,9 @@ from test_propagate import (  # noqa: E402
 from test_video import davis, deep, packets, palette_png, with_sound, write  # noqa: E402
 
 from gi_model import video  # noqa: E402
-from gi_model.commands._outputs import flow_picture  # noqa: E402
+from gi_model.commands._outputs import FAST  # noqa: E402
 from gi_model.errors import InputError  # noqa: E402
+from gi_model.flow.colours import flow_colours  # noqa: E402
 from gi_model.propagation import Propagator  # noqa: E402
 from gi_model.propagation.finished import Journal, fingerprint  # noqa: E402
 
@@ -121,12 +122,27 @@ def test_side_by_side_and_intermediate(clip, capsys):
     assert "--keep-intermediate: " in said and "holds other files" in said
 
 
-def test_flow_pictures():
-    flow = np.zeros((40, 40, 2), np.float32)
-    assert (flow_picture(flow) == 255).all(), "no motion is white"
-    flow[..., 0] = 100
-    right, left = flow_picture(flow)[0, 0], flow_picture(-flow)[0, 0]
-    assert right.min() == 0 and (right != left).any()
+def test_intermediate_motion_is_what_was_followed(clip):
+    """Also inside the mask, and that of the result where a propagator has none to show."""
+    frames, masks, folder = clip
+    assert run(frames, "--masks", masks, "-o", folder / "out", "--keep-intermediate") == 0
+    followed: dict[int, np.ndarray] = {}
+    propagator = Propagator()
+    propagator.on_flow = followed.__setitem__
+    hidden = list(video.MaskSource(masks))
+    assert len(list(propagator.run(video.FrameSource(frames, "x"), hidden))) == COUNT
+    assert sorted(followed) == list(range(COUNT - 1))
+    for index, flow in followed.items():
+        (picture,) = video.FrameSource(folder / "out-intermediate" / "flow", "x").read(index, index + 1)
+        assert (picture == flow_colours(flow, FAST * H)).all()
+        assert np.abs(flow[hidden[index]] - (-2, 0)).max() < 0.5
+    edited = folder / "edited.png"
+    image = next(iter(video.FrameSource(frames, "x")))
+    image[10:30, 10:30] = 255
+    video.write_image(edited, image)
+    options = ("--keyframe", f"0={edited}", "--keep-intermediate")
+    assert run(frames, *options, "-o", folder / "out") == 0
+    assert len(list((folder / "out-intermediate" / "flow").glob("*.png"))) == COUNT - 1
 
 
 def test_sound_and_times_reach_the_result(tmp_path, capsys):

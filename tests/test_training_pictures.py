@@ -17,10 +17,11 @@ lightning = pytest.importorskip("lightning.pytorch", reason="the [training] extr
 pytest.importorskip("tensorboard", reason="the [training] extra is not installed")
 
 from gi_model.errors import InputError  # noqa: E402
+from gi_model.flow.colours import flow_colours  # noqa: E402
 from gi_model.sheet import HEADING, HOLE, LINE  # noqa: E402
 from gi_model.streams import Attention  # noqa: E402
 from gi_model.training.callbacks import Pictures, Progress, Throughput, loggers  # noqa: E402
-from gi_model.training.pictures import WIDTH, Sample, flow_colours, sheets  # noqa: E402
+from gi_model.training.pictures import WIDTH, Sample, sheets  # noqa: E402
 from gi_model.training.step import Batch  # noqa: E402
 
 

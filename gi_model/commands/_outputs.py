@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from gi_model.errors import InputError
+from gi_model.flow.colours import flow_colours
 from gi_model.inpainting import inpaint_frame
 from gi_model.metrics import MaskedQuality
 from gi_model.sheet import HOLE, Sheet
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from gi_model.video import FrameSource
     from gi_model.video.masks import Step
 
-# Pixels per frame at which a picture of motion has its full colour, as a share of the shorter side.
-FAST = 0.05
+# Pixels per frame from which on a picture of motion has its full colour, as a share of the shorter side.
+FAST = 0.02
 
 
 class Places:
@@ -123,6 +124,7 @@ class Outputs:
         self._stack = ExitStack()
         self._picture: Path | None = None
         self._motion: _Motion | None = None
+        self._flow_is_given = False
 
     def __enter__(self) -> Outputs:
         with ExitStack() as stack:
@@ -138,6 +140,12 @@ class Outputs:
             self._stack = stack.pop_all()
         return self
 
+    def watch(self, propagator: object) -> None:
+        """Keep pictures of the flow that a propagator follows; without any, of the result's motion."""
+        if self._motion is not None and hasattr(propagator, "on_flow"):
+            propagator.on_flow = self._motion.write
+            self._flow_is_given = True
+
     def write(self, item: tuple[int, Step, np.ndarray]) -> None:
         """Take a frame's index, what was read, and the result."""
         with self.clock.running():
@@ -152,7 +160,7 @@ class Outputs:
         self.sheet.add(index, image, step.mask, repaired, truth)
         if self.side is not None:
             self.side.write(_beside(step.image, step.mask, result), step.time)
-        if self._motion is not None:
+        if self._motion is not None and not self._flow_is_given:
             self._motion.add(index, repaired)
         if step.truth is not None and self.ours is not None:
             known = _as_deep_as(result, step.truth)
@@ -172,7 +180,7 @@ class Outputs:
 
 
 class _Motion:
-    """Pictures of the motion from each frame of the result to the next."""
+    """Pictures of the motion from each frame to the next."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "flow"
@@ -181,21 +189,16 @@ class _Motion:
         self.last: np.ndarray | None = None
 
     def add(self, index: int, image: np.ndarray) -> None:
-        """Write the picture of the frame before and this one, ``[H,W,3]`` uint8."""
+        """Write a picture of the motion from the frame before to this one, ``[H,W,3]`` uint8."""
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         if self.last is not None and min(grey.shape) >= 32:  # smaller ones have no coarse level
             flow = self.estimator.calc(self.last, grey, np.zeros((*grey.shape, 2), np.float32))
-            write_image(self.folder / f"{index - 1:06d}.png", flow_picture(flow))
+            self.write(index - 1, flow)
         self.last = grey
 
-
-def flow_picture(flow: np.ndarray) -> np.ndarray:
-    """Flow ``[H,W,2]`` in pixels as colours: hue is the direction, saturation the root of the speed."""
-    x, y = flow[..., 0].astype(np.float64), flow[..., 1].astype(np.float64)
-    hue = (np.arctan2(y, x) / np.pi + 1) * 90 % 180  # OpenCV's hues go to 180
-    speed = np.hypot(x, y) / (FAST * min(flow.shape[:2]))
-    colours = np.stack([hue, 255 * np.sqrt(np.clip(speed, 0, 1)), np.full_like(hue, 255)], axis=-1)
-    return cv2.cvtColor(colours.astype(np.uint8), cv2.COLOR_HSV2RGB)
+    def write(self, index: int, flow: np.ndarray) -> None:
+        """Write a picture of the flow ``[h,w,2]`` from frame ``index`` to the next, in pixels of its grid."""
+        write_image(self.folder / f"{index:06d}.png", flow_colours(flow, FAST * min(flow.shape[:2])))
 
 
 def _as_deep_as(result: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -128,7 +128,7 @@ def _add_result(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--keep-intermediate",
         action="store_true",
-        help="also write OUT-intermediate: what was filled in, and pictures of the result's motion",
+        help="also write OUT-intermediate: what was filled in, and pictures of the motion that was followed",
     )
     group.add_argument(
         "--truth", metavar="TRUTH", help="the unharmed video, to measure PSNR and SSIM inside the mask"
@@ -199,6 +199,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"removed what an earlier run had finished ({places.journal})", file=sys.stderr)
         outputs.journal = journal
         stack.enter_context(outputs)
+        outputs.watch(propagator)
         send = stack.enter_context(write_behind(outputs.write, BEHIND))
         results = propagator.run(reading, reading.masks() if masks else None, finished=journal)
         stack.callback(getattr(results, "close", int))

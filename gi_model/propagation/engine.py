@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,9 @@ class Propagator:
         masked, unseen: masked pixels so far, and those of them that no frame showed; frames that were
             already finished are not counted.
         stages: seconds spent so far, by stage.
+        on_flow: None, or a function that is given the index of a frame and its flow to the next one,
+            completed inside the mask, once it is no longer needed: ``[h,w,2]`` float32, in pixels of the
+            grid at which flow is estimated. Frames beside which nothing is masked have none.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Propagator:
         self.flow_side = flow_side
         self.masked = self.unseen = 0
         self.stages = Stages()
+        self.on_flow: Callable[[int, np.ndarray], None] | None = None
 
     def run(
         self,
@@ -121,7 +125,14 @@ class Propagator:
                 for index in block:
                     yield results[index]
                 results = {block[-1]: results[block[-1]]}
-                stream.forget(block.stop - self.radius)
+                self._forget(stream, block.stop - self.radius)
+            self._forget(stream)
+
+    def _forget(self, stream: Stream, start: int | None = None) -> None:
+        """Drop the frames before ``start``, or all, and tell of their flows."""
+        for index, frame in stream.forget(start).items():
+            if self.on_flow is not None and frame.flows is not None:
+                self.on_flow(index, frame.flows.result().forward[0, :2].permute(1, 2, 0).float().numpy())
 
     def _blocks(self, stream: Stream) -> Iterator[range]:
         """Frames that are finished together, of one scene, when all that they may need has been read."""

@@ -85,10 +85,9 @@ class Stream:
         while self._stop < stop and self._advance():
             pass
 
-    def forget(self, start: int) -> None:
-        """Drop the frames before ``start``."""
-        for index in [i for i in self._held if i < start]:
-            del self._held[index]
+    def forget(self, start: int | None = None) -> dict[int, Frame]:
+        """Drop the frames before ``start``, or all, and return them."""
+        return {i: self._held.pop(i) for i in sorted(self._held) if start is None or i < start}
 
     def _advance(self) -> bool:
         """Hold one frame more; false at the clip's end."""
