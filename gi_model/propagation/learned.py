@@ -64,7 +64,9 @@ class LearnedPropagator:
         radius: how many frames to look back and ahead.
         references: how many of them serve as references, at most.
         size: pixels of the shorter side, at most, and of tiles; generators were trained at 256.
-        policy: chooses references; :class:`VisibilityPolicy` by default.
+        policy: chooses references; :class:`VisibilityPolicy` by default. Its ``order`` is not asked for:
+            references are frames as they came, never finished ones, so frames may be filled in any order,
+            and are in that in which they are yielded.
         tiled: whether large frames are filled in tiles; otherwise all are scaled.
         context: pixels around a hole that a tile shows at least; an eighth of a tile by default.
         cache: bytes of encoded references to keep, at most.

@@ -20,7 +20,9 @@ class Policy(Protocol):
     def order(self, missing: Sequence[int]) -> list[int]:
         """Order in which the frames of a block are finished, the keyframe first.
 
-        Each but the first must have a neighbour that comes before it.
+        It matters where what no frame shows is carried from finished frames to others, so not to
+        :class:`~gi_model.propagation.LearnedPropagator`. Each but the first must have a neighbour that
+        comes before it.
 
         Args:
             missing: for every frame, how many pixels no other frame shows.
