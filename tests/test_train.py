@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,19 +22,26 @@ cv2 = pytest.importorskip("cv2", reason="the [training] extra is not installed")
 pytest.importorskip("lightning", reason="the [training] extra is not installed")
 yaml = pytest.importorskip("yaml", reason="the [training] extra is not installed")
 
-from gi_model import configs, load_published  # noqa: E402
+from gi_model import configs, export_published, load_published  # noqa: E402
 from gi_model.checkpoints import load_checkpoint  # noqa: E402
 from gi_model.cli import main  # noqa: E402
 from gi_model.data import Batches, Draws, Photos, ValidationSet  # noqa: E402
 from gi_model.data.making import make_validation  # noqa: E402
 from gi_model.data.masks import build_mask  # noqa: E402
 from gi_model.errors import InputError  # noqa: E402
+from gi_model.flow import RAFT  # noqa: E402
 from gi_model.training.configuration import as_tree, configuration, read_configuration  # noqa: E402
 from gi_model.training.keeping import VERSION, AtomicFiles, read_run  # noqa: E402
 from gi_model.training.module import masked_quality  # noqa: E402
-from gi_model.training.step import Batch, filled  # noqa: E402
+from gi_model.training.perceptual import PerceptualLoss  # noqa: E402
+from gi_model.training.step import Alternation, Batch, filled  # noqa: E402
 from gi_model.training.trainer_options import of_trainer  # noqa: E402
 from gi_model.training.watch import LossError, Watch  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+_module = importlib.util.spec_from_file_location("golden_recipe", GOLDEN / "recipe.py")
+recipe = importlib.util.module_from_spec(_module)
+_module.loader.exec_module(recipe)
 
 MASKS = {
     "irregular_proba": 0,
@@ -594,3 +603,71 @@ def test_the_best_by_fid() -> None:
     state.popitem()
     torch.save({key: value for key, value in state.items() if "Mixed_7c" not in key}, "other.pth")
     assert main(["train", "--config", "tiny.yaml", "--inception", "other.pth"]) == 2
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_odd_published_behaviour_has_its_switch(published: bool) -> None:
+    """A last, short window divided by the full count; flow that sees what is hidden."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1)
+    step: Any = SimpleNamespace(objective=SimpleNamespace(judged=True))
+    alternation = Alternation(
+        step, (optimizer, optimizer), lambda step: 1, accumulate=3, rescale=not published
+    )
+    for number, stepping in ((0, False), (1, True)):  # two of three batches
+        alternation._learn(0, weight.sum(), number, stepping)
+    assert weight.item() == pytest.approx(-2 / 3 if published else -1)
+
+    seen: list[torch.Tensor] = []
+
+    def stage(image: torch.Tensor, srcs: torch.Tensor) -> tuple[None, None]:
+        seen.extend((image, srcs))
+        return None, None
+
+    samples = {"image": torch.ones(1, 4, 4, 3), "srcs": torch.ones(1, 2, 4, 4, 3)}
+    samples |= {"mask": torch.ones(1, 4, 4, 1), "srcs_masks": torch.ones(1, 2, 4, 4, 1)}
+    Batch.of_samples(samples, stage, sees_hidden=published)
+    assert all(bool((frames.narrow(-3, 0, 3) == published).all()) for frames in seen)
+    assert configuration({}).flow.sees_hidden and not configuration({}).rescale_last_window
+
+
+def test_flow_by_raft_and_the_perceptual_term_from_weights() -> None:
+    """Of the published layouts, through the command."""
+    torch.save({f"module.{key}": value for key, value in raft_state().items()}, "raft-things.pth")
+    encoder = recipe.weights(PerceptualLoss().encoder.state_dict(), "")
+    state = {key: value for key, value in encoder.items() if not key.endswith("num_batches_tracked")}
+    torch.save({**state, "extra": torch.zeros(1)}, "encoder_epoch_20.pth")
+    tree = {key: value for key, value in TINY.items() if key not in ("flow", "losses")}
+    tree["generator"] = {**TINY["generator"], "aggregates": True}
+    tree["losses"] = {"perceptual_weights": "encoder_epoch_20.pth"}
+    tree["flow"] = {"checkpoint": "raft-things.pth", "resolution": [128, 128], "iterations": 2}
+    write(tree)
+    folder = train("weights", "--steps", "1")
+    assert all(value > 0 and np.isfinite(value) for value in losses(folder, "train/gen_resnet_pl"))
+    kept = load_checkpoint(folder / "checkpoints" / "last.ckpt")
+    for key, value in raft_state().items():
+        assert torch.equal(kept[f"flow.raft.{key}"], value), "flow is not learnt"
+    # As published, the encoder's batch norms see each batch: two updates per pass of the generator.
+    assert kept["loss_resnet_pl.impl.bn1.num_batches_tracked"] == 4
+    assert torch.equal(kept["loss_resnet_pl.impl.conv1.weight"], encoder["conv1.weight"])
+    frozen = train("frozen", "--steps", "1", "--perceptual-eval")
+    assert losses(frozen, "train/gen_resnet_pl") != losses(folder, "train/gen_resnet_pl")
+    kept = load_checkpoint(frozen / "checkpoints" / "last.ckpt")
+    assert torch.equal(kept["loss_resnet_pl.impl.bn1.running_mean"], encoder["bn1.running_mean"])
+
+
+@pytest.mark.slow(reason="compiles for two and a half minutes: --slow")
+def test_a_compiled_generator_learns_the_same() -> None:
+    plain, compiled = train("plain"), train("compiled", "--compile")
+    np.testing.assert_allclose(losses(compiled), losses(plain), rtol=1e-3)
+    assert last(compiled)["state_dict"].keys() == last(plain)["state_dict"].keys()
+
+
+def raft_state() -> dict[str, torch.Tensor]:
+    """Weights of RAFT in the published layout."""
+    raft = RAFT()
+    raft.load_state_dict(recipe.weights(raft.state_dict(), ""))
+    state = export_published(raft)
+    keys = json.loads((GOLDEN / "raft_keys.json").read_text())["raft"]
+    assert {key: list(value.shape) for key, value in state.items()} == keys
+    return state

@@ -17,6 +17,7 @@ from documents import SmallInception, text_and_lines  # noqa: E402
 
 from gi_model import cli, configs  # noqa: E402
 from gi_model.evaluation import loading  # noqa: E402
+from gi_model.training.trainer_options import NAMES  # noqa: E402
 
 TEXT, LINES = text_and_lines("training.md")
 COMMANDS = [line for line in LINES if line.startswith("gi-model ")]
@@ -62,14 +63,17 @@ def place(tmp_path, monkeypatch) -> Path:
 
 def test_commands(place, capsys):
     assert [line.split()[1] for line in COMMANDS] == [
-        "make-validation", "train", "train", "evaluate",
+        "make-validation", "train", "train", "evaluate", "train", "convert-checkpoint",
     ]  # fmt: skip
     for line in COMMANDS:
+        if "published.ckpt --name" in line:  # as the published code would have written it
+            (kept,) = place.glob("logs/*_first/checkpoints/last.ckpt")
+            assert cli.main(["convert-checkpoint", str(kept), "-o", "published.ckpt", "--run"]) == 0
         words = shlex.split(line)[1:]
         if words[0] == "make-validation":
             words += ["--size", "64"]
         if words[0] == "train":  # without the weights that the document has the reader fetch
-            words += ["--steps", "2" if "--config" in words else "3", "--no-perceptual", "--flow", "dis"]
+            words += ["--steps", "2" if "first" in words else "3", "--no-perceptual", "--flow", "dis"]
         if words[0] == "evaluate":
             words += ["--workers", "0", "--flow", "dis"]
         if "--flow-checkpoint" in words:
@@ -77,7 +81,7 @@ def test_commands(place, capsys):
             del words[at : at + 2]
         words = [str(next(place.glob(w), w)) if "*" in w else w for w in words]
         assert cli.main(words) == 0, capsys.readouterr().err
-    (run,) = (place / "logs").iterdir()
+    (run,) = (place / "logs").glob("*_first")
     for name in re.findall(r"^\| `([a-z]+/[^`]*)`", TEXT, re.MULTILINE):
         assert list(run.glob(name.replace("N", "*"))), name
     assert (place / "evaluation" / "results.csv").exists()
@@ -85,9 +89,16 @@ def test_commands(place, capsys):
 
 def test_options_that_are_named_exist(capsys):
     said = ""
-    for command in ("train", "make-validation", "evaluate", "evaluate-video", "fetch-lpips"):
+    for command in (
+        "train",
+        "convert-checkpoint",
+        "make-validation",
+        "evaluate",
+        "evaluate-video",
+        "fetch-lpips",
+    ):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         said += capsys.readouterr().out
     for option in set(re.findall(r"--[a-z][a-z0-9_-]+", TEXT)) - {"--nproc-per-node", "--no-python"}:
-        assert option in said, option
+        assert option in said or option[2:] in NAMES, option

@@ -98,7 +98,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="on an error, start the debugger; move the run's folder to debug_runs/ at the end",
     )
     published.add_argument("-p", "--project", help="no effect")
-    published.add_argument("-x", "--xtraspeed", nargs="?", const="true", help=argparse.SUPPRESS)
+    published.add_argument("-x", "--xtraspeed", nargs="?", const="true", metavar="BOOL", help="refused")
     for name in NAMES:
         if name not in ("gpus", "precision"):
             text = argparse.SUPPRESS if name not in KEPT else f"trainer option {name}"

@@ -32,13 +32,15 @@ class DiscriminatorOptions:
 class FlowOptions:
     """Where flow comes from: ``raft`` with weights, ``dis`` or ``planar`` without, ``none`` for no flow.
 
-    ``resolution`` is the height and width at which RAFT sees the frames.
+    ``resolution`` is the height and width at which RAFT sees the frames. As published, flow is estimated from
+    whole frames; with ``sees_hidden`` false, hidden pixels are black.
     """
 
     kind: str = "raft"
     checkpoint: str | None = None
     resolution: tuple[int, ...] = (256, 256)
     iterations: int = 20
+    sees_hidden: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,9 @@ class Configuration:
     The learning rate is ``base_learning_rate * batch_size * processes * accumulate``, unless
     ``learning_rate`` is given; it is multiplied by the schedule and each optimizer's factor.
 
+    As published, the last window of accumulated batches of an epoch, which may be short, is divided by
+    ``accumulate``; with ``rescale_last_window`` by its own number of batches.
+
     ``monitor`` is ``psnr`` or ``ssim``, inside the mask, or ``fid`` of whole composites, as published, of the
     first validation set; by default ``fid`` where ``inception`` names the weights it takes, else ``psnr``.
     ``save_every`` and ``validate_every`` count steps; without the latter and ``validate_every_batches``,
@@ -143,6 +148,7 @@ class Configuration:
     epochs: int = 1000
     steps: int | None = None
     accumulate: int = 2
+    rescale_last_window: bool = False
     precision: str = "32-true"
     devices: tuple[int, ...] | None = None
     nodes: int = 1

@@ -106,6 +106,7 @@ class TrainingModule(pl.LightningModule):
             given.accumulate,
             backward=self._backward,
             inspect=self._inspect,
+            rescale=given.rescale_last_window,
         )
         return optimizers, self.alternation.schedules
 
@@ -197,7 +198,7 @@ class TrainingModule(pl.LightningModule):
 
     def batch(self, samples: Mapping[str, Any]) -> Batch:
         """A batch with its flow, in float32 also where networks run in low precision."""
-        return Batch.of_samples(samples, self.stages[0])
+        return Batch.of_samples(samples, self.stages[0], self.configuration.flow.sees_hidden)
 
     @torch.no_grad()
     def pictured(self, batch: Batch) -> Sample:

@@ -33,11 +33,14 @@ class Batch:
     errors: torch.Tensor | None = None
 
     @staticmethod
-    def of_samples(samples: Mapping[str, torch.Tensor], stage: Stage | None = None) -> Batch:
+    def of_samples(
+        samples: Mapping[str, torch.Tensor], stage: Stage | None = None, sees_hidden: bool = True
+    ) -> Batch:
         """From collated samples, channels last in [-1, 1]; the flow, if a stage is given, is estimated once.
 
-        As published, the flow network sees whole frames, the target's hidden pixels among them; the flow
-        inside the target's mask is completed from outside all the same.
+        As published, the flow network sees whole frames, the target's hidden pixels among them; otherwise
+        hidden pixels are black for it. The flow inside the target's mask is completed from outside all the
+        same.
         """
         named = {name: samples[name] for name in ("image", "mask", "srcs", "srcs_masks")}
         frames = {name: (value.movedim(-1, -3) + 1) / 2 for name, value in named.items()}
@@ -45,8 +48,12 @@ class Batch:
         if stage is not None:
             with torch.no_grad():
                 flows, errors = stage(
-                    torch.cat([frames["image"], frames["mask"]], dim=-3),
-                    torch.cat([frames["srcs"], frames["srcs_masks"]], dim=-3),
+                    *(
+                        torch.cat(
+                            [frames[k] if sees_hidden else frames[k] * (1 - frames[m]), frames[m]], dim=-3
+                        )
+                        for k, m in (("image", "mask"), ("srcs", "srcs_masks"))
+                    )
                 )
         return Batch(**frames, flows=flows, errors=errors)
 
@@ -114,6 +121,8 @@ class Alternation:
         optimizers: of the generator and of the discriminator.
         schedule: number of steps done -> factor of the optimizers' own learning rates.
         accumulate: batches per step.
+        rescale: divide the gradients of a last, short window by its own number of batches; as published, they
+            are divided by ``accumulate``.
         backward: called with a loss, in place of ``loss.backward()``, and whether the optimizer steps then.
         inspect: called with 0 or 1, for generator or discriminator, and the terms of that pass, before
             they are learnt from; it may raise.
@@ -127,9 +136,10 @@ class Alternation:
         accumulate: int = 1,
         backward: Callable[[torch.Tensor, bool], None] = lambda loss, stepping: loss.backward(),
         inspect: Callable[[int, Terms], None] = lambda which, terms: None,
+        rescale: bool = False,
     ) -> None:
         self.step, self.optimizers, self.accumulate = step, optimizers, accumulate
-        self.backward, self.inspect = backward, inspect
+        self.backward, self.inspect, self.rescale = backward, inspect, rescale
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
         #: How many of the optimizers step.
         self.passes = 2 if step.objective.judged else 1
@@ -156,6 +166,10 @@ class Alternation:
             optimizer.zero_grad()
         self.backward(loss / self.accumulate, stepping)
         if stepping:
+            if self.rescale and (gathered := number % self.accumulate + 1) < self.accumulate:
+                for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(self.accumulate / gathered)
             optimizer.step()
 
 
