@@ -138,7 +138,7 @@ def test_it_is_what_training_and_evaluation_are_given(tmp_path: Path) -> None:
 
     generator = build_generator("tiny")
     read = configuration({"generator": "tiny", "flow": {"kind": "planar"}})
-    assert isinstance(run._stage(read, generator), PlanarStage)
+    assert isinstance(run.build_stage(read, generator), PlanarStage)
     state = generator.state_dict()
     names = generator.published_names()
     weights = {f"generator.{name}": state[own] for own, published in names.items() for name in published}
