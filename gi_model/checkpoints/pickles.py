@@ -22,6 +22,7 @@ from gi_model.checkpoints.descriptions import (
 )
 from gi_model.checkpoints.files import CHUNK
 
+MOST_PARAMETERS = 1 << 20  # of an optimizer, whose state is kept by their numbers
 MOST_OPERATIONS = 4_000_000  # a tensor takes about 40
 LONGEST_LINE = 1 << 12  # bytes, of a name or number in a pickle
 
@@ -71,7 +72,7 @@ class Machine:
 
     Of the values that a pickle can make, only ``None``, bool, int, float, str, tuple, list and dict are
     made; names, storages and tensors become descriptions, all else ``Opaque``. Keys of dicts that are
-    neither strings nor whole numbers become ``Opaque``, so that no value is hashed or compared whose cost
+    neither strings nor small whole numbers become ``Opaque``, so that no value is hashed or compared whose cost
     the file decides.
     """
 
@@ -112,6 +113,10 @@ class Machine:
         if len(data) != count:
             raise ProblemError("its pickle ends too early")
         return data
+
+    def is_plain(self, key: object) -> bool:
+        """Whether it is a string or the number of a parameter; others may collide as often as a file wants."""
+        return type(key) is str or (type(key) is int and 0 <= key < MOST_PARAMETERS)
 
     def number(self, layout: str) -> Any:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
@@ -236,7 +241,7 @@ class Machine:
             raise ProblemError("its pickle has a key without a value")
         if isinstance(target, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                target[key if type(key) in (str, int) else Opaque(kind_of(key))] = value
+                target[key if self.is_plain(key) else Opaque(kind_of(key))] = value
         elif not isinstance(target, Opaque):
             raise ProblemError(f"its pickle sets items of {kind_of(target)}")
 
