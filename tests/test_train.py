@@ -178,7 +178,12 @@ def trainings(*runs: dict[str, Any]) -> list[list[int]]:
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("trainings.py"))],
         input=json.dumps(runs),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        # As many threads as here: sums in another order differ in their last bits.
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        },
         capture_output=True,
         text=True,
         timeout=300,

@@ -72,8 +72,8 @@ class Machine:
 
     Of the values that a pickle can make, only ``None``, bool, int, float, str, tuple, list and dict are
     made; names, storages and tensors become descriptions, all else ``Opaque``. Keys of dicts that are
-    neither strings nor small whole numbers become ``Opaque``, so that no value is hashed or compared whose cost
-    the file decides.
+    neither strings nor small whole numbers become ``Opaque``, so that no value is hashed or compared whose
+    cost the file decides.
     """
 
     def __init__(self, file: BinaryIO, end: int) -> None:
@@ -115,7 +115,7 @@ class Machine:
         return data
 
     def is_plain(self, key: object) -> bool:
-        """Whether it is a string or the number of a parameter; others may collide as often as a file wants."""
+        """Whether it is a string or a parameter's number; others may collide as often as a file wants."""
         return type(key) is str or (type(key) is int and 0 <= key < MOST_PARAMETERS)
 
     def number(self, layout: str) -> Any:
