@@ -183,3 +183,18 @@ def test_states_that_do_not_fit(tmp_path: Path) -> None:
     torch.save({"state_dict": {"generator.a": torch.zeros(1)}}, tmp_path / "weights.ckpt")
     with pytest.raises(CheckpointError, match="without epoch, global_step, optimizer_states, lr_schedulers"):
         load_run(tmp_path / "weights.ckpt")
+
+
+def test_states_made_to_cost_much(tmp_path: Path) -> None:
+    """Lists that stand in lists many times, and one that holds itself."""
+    laughs: list[Any] = [1]
+    for _ in range(5):
+        laughs = [laughs] * 1000
+    endless: list[Any] = []
+    endless.append(endless)
+    whole = {"state_dict": {}, "epoch": 0, "global_step": 0, "lr_schedulers": [], "optimizer_states": endless}
+    torch.save(whole | {"state_dict": {"a": torch.zeros(1)}}, tmp_path / "endless.ckpt")
+    assert load_run(tmp_path / "endless.ckpt")["state_dict"]["a"] == 0
+    torch.save(whole | {"optimizer_states": laughs}, tmp_path / "laughs.ckpt")
+    with pytest.raises(CheckpointError, match="describes too many values"):
+        load_run(tmp_path / "laughs.ckpt")
