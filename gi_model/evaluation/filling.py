@@ -9,7 +9,7 @@ import torch
 from gi_model.checkpoints import CheckpointError, load_checkpoint
 from gi_model.configs import build_generator
 from gi_model.errors import InputError
-from gi_model.flow import RAFT, DISStage, FlowStage, PlanarStage, Stage
+from gi_model.flow import RAFT, FlowStage, Stage, stage_without_weights
 from gi_model.generator import Generator
 from gi_model.published import load_published
 
@@ -85,8 +85,7 @@ def load_filler(
     load_published(generator, load_checkpoint(checkpoint, part="generator"))
     stage: Stage | None = None
     if generator.needs_flow:
-        without: dict[str, type[Stage]] = {"dis": DISStage, "planar": PlanarStage}
-        stage = without[flow]() if flow in without else _raft_stage(checkpoint, flow_checkpoint).to(device)
+        stage = stage_without_weights(flow) or _raft_stage(checkpoint, flow_checkpoint).to(device)
     return Filler(generator.eval().for_inference().to(device), stage)
 
 

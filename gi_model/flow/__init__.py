@@ -28,6 +28,7 @@ __all__ = [
     "ImageEncoding",
     "PlanarStage",
     "Stage",
+    "stage_without_weights",
 ]
 
 
@@ -57,6 +58,19 @@ class Stage(Protocol):
     def encode(self, rgba: torch.Tensor) -> Any:
         """Frames ``[B,4,H,W]`` -> what can stand for them in later calls, as target and as source."""
         ...
+
+
+def stage_without_weights(kind: str) -> Stage | None:
+    """The stage that is called ``dis`` or ``planar``; None for others, which need weights."""
+    if kind == "dis":
+        from gi_model.flow.dis import DISStage
+
+        return DISStage()
+    if kind == "planar":
+        from gi_model.flow.planar import PlanarStage
+
+        return PlanarStage()
+    return None
 
 
 def __getattr__(name: str) -> Any:

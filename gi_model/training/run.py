@@ -23,7 +23,7 @@ from gi_model.data.photos import MASKS
 from gi_model.discriminator import Discriminator
 from gi_model.errors import InputError
 from gi_model.evaluation.inception import Inception, inception
-from gi_model.flow import RAFT, FlowStage, Stage
+from gi_model.flow import RAFT, FlowStage, Stage, stage_without_weights
 from gi_model.generator import Generator
 from gi_model.published import load_published
 from gi_model.training.callbacks import loggers
@@ -193,14 +193,9 @@ def build_stage(configuration: Configuration, generator: Generator) -> Stage | N
         return None
     if flow.kind == "none":
         raise InputError("flow.kind: this generator needs flow, expected raft, dis or planar, got none")
-    if flow.kind == "dis":
-        from gi_model.flow import DISStage
-
-        return DISStage()
-    if flow.kind == "planar":
-        from gi_model.flow import PlanarStage
-
-        return PlanarStage()
+    stage = stage_without_weights(flow.kind)
+    if stage is not None:
+        return stage
     how = "flow.checkpoint=FILE (such as raft-things.pth), or flow.kind=dis or planar, which need none"
     if flow.checkpoint is None:
         raise InputError(f"flow.checkpoint: expected weights of RAFT, got none; {how}")
