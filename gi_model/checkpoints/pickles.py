@@ -67,6 +67,11 @@ def state_dict_of(content: object) -> dict[Any, Any]:
     return state
 
 
+def _is_plain(key: object) -> bool:
+    """Whether it is a string or a parameter's number; others may collide as often as a file wants."""
+    return type(key) is str or (type(key) is int and 0 <= key < MOST_PARAMETERS)
+
+
 class Machine:
     """Interprets one pickle, protocols 0 to 5, up to its end.
 
@@ -113,10 +118,6 @@ class Machine:
         if len(data) != count:
             raise ProblemError("its pickle ends too early")
         return data
-
-    def is_plain(self, key: object) -> bool:
-        """Whether it is a string or a parameter's number; others may collide as often as a file wants."""
-        return type(key) is str or (type(key) is int and 0 <= key < MOST_PARAMETERS)
 
     def number(self, layout: str) -> Any:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
@@ -241,7 +242,7 @@ class Machine:
             raise ProblemError("its pickle has a key without a value")
         if isinstance(target, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                target[key if self.is_plain(key) else Opaque(kind_of(key))] = value
+                target[key if _is_plain(key) else Opaque(kind_of(key))] = value
         elif not isinstance(target, Opaque):
             raise ProblemError(f"its pickle sets items of {kind_of(target)}")
 

@@ -113,8 +113,7 @@ class Alternation:
 
     Every batch runs both passes, or the generator's alone where nothing is judged by the discriminator;
     their gradients, divided by ``accumulate``, gather until ``accumulate`` batches are done or the epoch
-    ends, however many there were. Learning rates follow ``schedule``, a factor of
-    the number of steps done.
+    ends, however many there were. Learning rates follow ``schedule``, a factor of the number of steps done.
 
     Args:
         step: the networks.
