@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import library
 
 from gi_kernels import jit
 
@@ -83,7 +84,7 @@ def _attach(
     backward: Callable[..., Any] | None,
 ) -> None:
     operator = f"{namespace}::{name}"
-    torch.library.register_fake(operator, fake)
+    library.register_fake(operator, fake)
 
     def refuse(*_: Any) -> Any:
         raise NotImplementedError(
@@ -92,4 +93,4 @@ def _attach(
         )
 
     derivative = partial(backward, getattr(torch.ops, namespace)) if backward else refuse
-    torch.library.register_autograd(operator, derivative, setup_context=setup_context if backward else None)
+    library.register_autograd(operator, derivative, setup_context=setup_context if backward else None)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import library, nn
 
 from gi_kernels import native
 from gi_kernels.norms import batch_norm
@@ -233,4 +233,4 @@ def test_compiled(kernel):
 def test_operator_checks(kernel, arrange, relu):
     x = arrange(torch.randn(2, 16, 4, 5)).requires_grad_()
     weight, bias = (p.detach().requires_grad_() for p in norm_of(16).parameters())
-    torch.library.opcheck(torch.ops.gi.batch_norm, (x, weight, bias, 1e-5, relu))
+    library.opcheck(torch.ops.gi.batch_norm, (x, weight, bias, 1e-5, relu))

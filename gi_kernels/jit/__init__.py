@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import library
 
 NAMESPACE = "gi_triton"
 #: Whether kernels run on the CPU in Triton's interpreter, which is made for tests and slow.
@@ -24,7 +24,7 @@ PROBLEM: str | None = (
 #: What each operator calls on its device.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_LIBRARY = library.Library(NAMESPACE, "DEF")
 
 
 def define(folder: str, name: str, signature: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, cases, first
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gi_kernels
@@ -100,7 +101,7 @@ def test_opcheck(case: Case, layout: str) -> None:
     assert recorder.calls, "the call went through no compiled operator"
     for op, args, kwargs in recorder.calls:
         differentiable = bool(case.differentiable) and not op._opname.endswith("_backward")
-        torch.library.opcheck(op, _fresh(args, differentiable), _fresh(kwargs, differentiable))
+        library.opcheck(op, _fresh(args, differentiable), _fresh(kwargs, differentiable))
 
 
 @cases(
