@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gi_model.flow import DISFlow, FlowEstimator
+from gi_model.propagation.background import Background
 from gi_model.propagation.chains import Chains, Link
 from gi_model.propagation.finished import Finished
 from gi_model.propagation.fusion import Fusion, fill_smoothly
@@ -35,6 +37,26 @@ SAMPLED = 1000
 # Share of a hole that broken chains must lose before flow is estimated directly.
 LOST = 0.1
 
+# The background ``[H,W,3]`` and where it is known ``[H,W]``.
+Scenery = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass
+class Draft:
+    """A frame with what others show of its hole.
+
+    Attributes:
+        image: ``[H,W,3]``.
+        missing: ``[H,W]`` bool, what no other frame shows, nor is known to last.
+        uncovered: how many pixels no other frame shows.
+        undecided: where the camera stands, parts that are shown and yet to be blended, each with its box.
+    """
+
+    image: np.ndarray
+    missing: np.ndarray
+    uncovered: int
+    undecided: list[tuple[Box, Fusion]]
+
 
 class Propagator:
     """Repairs the frames of a clip, each from at most ``radius`` frames before and after it.
@@ -46,8 +68,11 @@ class Propagator:
     others. Pixels outside the mask are returned as they came; those inside are never looked at. Scene
     cuts are found and not crossed.
 
-    Memory is that of ``2 * radius + policy.block`` frames, whatever the length of the clip. A result
-    depends on the frames and masks alone.
+    Where the camera stands, a background of the whole scene takes part. What is shown before, after and
+    lastingly is then not averaged where it differs: one is chosen, as in the nearest finished frames.
+
+    Memory is that of ``2 * radius + policy.block`` frames, and of 12 more where the camera stands, whatever
+    the length of the clip. A result depends on the frames and masks alone.
 
     Example:
         >>> import numpy as np
@@ -119,9 +144,12 @@ class Propagator:
         """
         stream = Stream(self.stages.iterate("read", with_masks(frames, masks)), self.flow_side)
         results: dict[int, np.ndarray] = {}  # of the block, and the last one before it
+        background = Background()
         with Chains(stream, self.estimator, self.stages) as chains:
             for block in self._blocks(stream):
-                self._repair(chains, block, results, finished)
+                with self.stages.timed("background"):
+                    background.watch(stream, block.start, block.stop + self.radius)
+                self._repair(chains, background, block, results, finished)
                 for index in block:
                     yield results[index]
                 results = {block[-1]: results[block[-1]]}
@@ -150,7 +178,12 @@ class Propagator:
             start = stop
 
     def _repair(
-        self, chains: Chains, block: range, results: dict[int, np.ndarray], finished: Finished | None
+        self,
+        chains: Chains,
+        background: Background,
+        block: range,
+        results: dict[int, np.ndarray],
+        finished: Finished | None,
     ) -> None:
         """Add the frames of a block to ``results``."""
         known: dict[int, np.ndarray] = {}
@@ -161,24 +194,29 @@ class Propagator:
             return
         chains.prepare(range(block.start - 1, block.stop + self.radius))
         # Those that are known as well: what is missing in them decides which is the keyframe.
-        drafts = [self._draft(chains, index) for index in block]
-        for place in self.policy.order([int(missing.sum()) for _, missing in drafts]):
-            index, (image, missing) = block[place], drafts[place]
+        with self.stages.timed("background"):
+            holes = np.any([chains.stream[index].mask for index in block], axis=0)
+            scenery = background.picture(block.start, dilate(holes, _ring(holes))) if holes.any() else None
+        drafts = [self._draft(chains, index, scenery) for index in block]
+        for place in self.policy.order([draft.uncovered for draft in drafts]):
+            index, draft = block[place], drafts[place]
             if index in known:
                 results[index] = known[index]
                 continue
             self.masked += int(chains.stream[index].mask.sum())
-            self.unseen += int(missing.sum())
-            results[index] = self._complete(chains, index, image, missing, results)
+            self.unseen += int(draft.missing.sum())
+            with self.stages.timed("fusion"):
+                self._decide(chains, index, draft, results)
+            results[index] = self._complete(chains, index, draft.image, draft.missing, results)
             if finished is not None:
                 finished.put(index, results[index])
 
-    def _draft(self, chains: Chains, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The frame with what others show of its hole, and what is still missing ``[H,W]``."""
+    def _draft(self, chains: Chains, index: int, scenery: Scenery | None) -> Draft:
+        """What others show of the hole of a frame."""
         frame = chains.stream[index]
         if not frame.mask.any():
-            return frame.image, frame.mask
-        image, missing = frame.image.copy(), frame.mask.copy()
+            return Draft(frame.image, frame.mask, 0, [])
+        draft = Draft(frame.image.copy(), frame.mask.copy(), 0, [])
         ring = _ring(frame.mask)
         for box, hole in regions(frame.mask, ring):
             around = dilate(hole, ring) & (frame.visible[box] > 0)
@@ -187,13 +225,26 @@ class Propagator:
                 chosen = self._choose(chains, index, enlarger.small_box, enlarger.shrink(hole))
             with self.stages.timed("fusion"):
                 fusion = Fusion(to_levels(frame.image[box]), hole, around, ring)
+                if scenery is not None:
+                    fusion.add_lasting(to_levels(scenery[0][box]), scenery[1][box])
+                    draft.undecided.append((box, fusion))
                 for link in chosen:
                     other = chains.stream[link.index]
-                    _add(fusion, other.image, other.visible, link, link.weight, enlarger)
-                colour, seen = fusion.blend()
-                image[box][seen] = from_levels(colour[seen], image.dtype)
-                missing[box] &= ~seen
-        return image, missing
+                    _add(fusion, other.image, other.visible, link, link.weight, enlarger, link.index - index)
+                if scenery is None:
+                    _put(fusion, draft.image[box])
+                draft.missing[box] &= ~fusion.seen
+                draft.uncovered += int((hole & ~fusion.covered).sum())
+        return draft
+
+    def _decide(self, chains: Chains, index: int, draft: Draft, results: Mapping[int, np.ndarray]) -> None:
+        """Blend what is undecided, like the nearest finished frames before and after."""
+        scene = sorted(other for other in results if chains.stream.same_scene(index, other))
+        near = [o for o in scene if o < index][-1:] + [o for o in scene if o > index][:1]
+        for box, fusion in draft.undecided:
+            finished = [(results[other][box], abs(other - index)) for other in near]
+            _put(fusion, draft.image[box], finished)
+        draft.undecided.clear()
 
     def _choose(self, chains: Chains, index: int, box: Box, hole: np.ndarray) -> list[Link]:
         """Links to the frames from which ``hole`` is filled, on a box of the flow's grid."""
@@ -268,6 +319,7 @@ def _add(
     link: Link,
     weight: np.ndarray,
     enlarger: Enlarger,
+    distance: int = 0,
 ) -> None:
     """Add what an image shows of the hole where it is visible; the weight lies on the grid of the flow."""
 
@@ -287,7 +339,13 @@ def _add(
     x, y, shown = look(part)
     if shown.any():
         x, y = (np.where(shown, position, position[shown][0]) for position in (x, y))
-        fusion.add(part, sample_colour(image, x, y) * gain, weight[part], shown)
+        fusion.add(part, sample_colour(image, x, y) * gain, weight[part], shown, distance)
+
+
+def _put(fusion: Fusion, image: np.ndarray, finished: Sequence[tuple[np.ndarray, int]] = ()) -> None:
+    """Blend into ``image``, a box of the frame."""
+    colour, seen = fusion.blend(finished)
+    image[seen] = from_levels(colour[seen], image.dtype)
 
 
 def _recoverable(index: int, links: list[Link], lost: np.ndarray, least: float) -> list[int]:

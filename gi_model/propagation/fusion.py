@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
 import cv2
 import numpy as np
 
@@ -24,6 +28,36 @@ PRIOR = 1.0
 RIM = 4
 # Difference across the rim, in grey levels, that may be lighting; what is larger is an object.
 RIM_STEP = 12.0
+# Difference, in grey levels, from which on two pictures are of different things.
+APART = 24.0
+# What differs is found on a coarse grid: its cells are the ring's width over this. The deviation, in cells,
+# of the blur before pictures are compared, so that detail that lies a pixel beside itself is no difference.
+COARSE, DETAIL = 6, 0.7
+# Cells around such differences that belong to them: the outlines of what has moved.
+MARGIN = 2
+# Deviation, as a share of the ring's width, of the blur of differences at the rim, and the share of the rim
+# under it below which a pixel is too far from the rim for them.
+NEARBY, BEYOND = 1 / 3, 1e-3
+# Votes of what lasts, against 1 of a frame beside this one; and the distance in frames at which that has
+# halved, because what it shows may have gone.
+LASTING, PASSING = 0.5, 5.0
+# Votes of a finished frame beside this one for what it shows, and of the picture at the rim.
+INERTIA, BORDER = 0.5, 2.0
+
+
+@dataclass
+class Showing:
+    """What some frames show of a hole.
+
+    Attributes:
+        total, weight: ``[h,w,3]`` and ``[h,w]`` float32: weighted sum of colours, and of the weights.
+        vote: ``[h,w]`` float32: how likely it is to hold, from its distance in time alone; 0 where unknown.
+            Of use only where the camera stands.
+    """
+
+    total: np.ndarray
+    weight: np.ndarray
+    vote: np.ndarray
 
 
 class Fusion:
@@ -50,9 +84,16 @@ class Fusion:
         self.truth = image[self.points]
         self.grid = -(-hole.shape[0] // cell), -(-hole.shape[1] // cell)
         self.cells = self.points[0] // cell * self.grid[1] + self.points[1] // cell
+        # Of the coarse grid, width first as OpenCV has it.
+        self.size = tuple(max(1, round(side * COARSE / cell)) for side in hole.shape[::-1])
+        self.depth = float(cv2.distanceTransform(hole.astype(np.uint8), cv2.DIST_L2, 3).max())
         self.contrast = self._contrast(ring)
-        self.total = np.zeros(image.shape, np.float32)
-        self.weight = np.zeros(hole.shape, np.float32)
+        self.sides = [self._nothing()]  # of all frames; with what lasts, of those before and those after
+        self.lasting: Showing | None = None
+
+    def _nothing(self) -> Showing:
+        shape = self.hole.shape
+        return Showing(*(np.zeros(s, np.float32) for s in ((*shape, 3), shape, shape)))
 
     def judge(self, colour: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gain per channel of a frame, and its mean squared error ``[h,w]``, infinite where it is refused.
@@ -63,18 +104,13 @@ class Fusion:
         if shown.sum() < FEWEST:
             return np.ones(3, np.float32), np.full(self.hole.shape, UNKNOWN**2, np.float32)
         truth, colour = self.truth[shown], colour[shown]
-        gain = np.ones(3, np.float32)
-        for _ in range(4):  # what has moved counts little
-            weight = 1 / (NOISE + np.abs(colour * gain - truth))
-            gain = (weight * colour * truth).sum(axis=0) / np.maximum((weight * colour**2).sum(axis=0), 1e-6)
-            gain = np.clip(gain, 0.5, 2.0).astype(np.float32)
+        gain = _gain(colour, truth)
         error = self._nearby(((colour * gain - truth) ** 2).mean(axis=1), shown)
         return gain, np.where(error > np.maximum(self.contrast, UNKNOWN**2), np.inf, NOISE**2 + error)
 
     def _contrast(self, ring: np.ndarray) -> np.ndarray:
         """``[h,w]``: mean square that a filling would miss which is smooth over the width of the hole."""
-        depth = cv2.distanceTransform(self.hole.astype(np.uint8), cv2.DIST_L2, 3).max()
-        half = int(min(depth, *self.hole.shape))  # a hole without a border has no depth
+        half = int(min(self.depth, *self.hole.shape))  # a hole without a border has no depth
         size = 2 * half + 1, 2 * half + 1
         share = cv2.blur(ring.astype(np.float32), size)[self.points][:, None]
         smooth = cv2.blur(self.image * ring[..., None], size)[self.points] / np.maximum(share, 1e-6)
@@ -99,23 +135,176 @@ class Fusion:
         """The box that a frame with these weights ``[h,w]`` has a share in; None if it has none."""
         return bounding_box(weight > 0, RIM) if (weight > 0).any() else None
 
-    def add(self, part: Box, colour: np.ndarray, weight: np.ndarray, shown: np.ndarray) -> None:
+    def add(
+        self, part: Box, colour: np.ndarray, weight: np.ndarray, shown: np.ndarray, distance: int = 0
+    ) -> None:
         """Add colours of a part: ``[h,w,3]`` float32, ``[h,w]`` float32 in the hole, ``[h,w]`` bool.
 
         Beside the hole they count as much as at the nearest of its pixels, so that a step at the rim is
         that of the frames that fill the hole there.
-        """
-        beside = cv2.dilate(weight, np.ones((2 * RIM + 1, 2 * RIM + 1), np.uint8))
-        weight = np.where(self.hole[part], weight, np.where(self.rim[part], beside, 0)) * shown
-        self.total[part] += weight[..., None] * colour
-        self.weight[part] += weight
 
-    def blend(self) -> tuple[np.ndarray, np.ndarray]:
-        """Colours ``[h,w,3]`` float32 for the hole, and where there are any ``[h,w]`` bool."""
-        known = self.weight > 0
-        blended = self.total / np.where(known, self.weight, 1)[..., None]
+        Args:
+            distance: frames from this one to theirs, negative before it.
+        """
+        side = self.sides[-1 if distance > 0 else 0]
+        weight = self._extended(part, weight) * shown
+        side.total[part] += weight[..., None] * colour
+        side.weight[part] += weight
+        if self.lasting is not None:
+            vote = np.float32(1 / (1 + (distance / PASSING) ** 2))
+            np.maximum(side.vote[part], vote * (weight > 0), out=side.vote[part])
+
+    def add_lasting(self, colour: np.ndarray, shown: np.ndarray) -> None:
+        """Say first of all what lasts behind all that passes, where a standing camera makes that known.
+
+        What frames before and after show is then not averaged where it differs; see :func:`elect`. In a hole
+        no deeper than the ring is wide it is refused beside parts of the rim where the frame shows something
+        else, which is likely to reach across; of a deep hole this would fill a part with half a thing.
+
+        Args:
+            colour, shown: ``[h,w,3]`` float32, and where it is known ``[h,w]`` bool.
+        """
+        points = tuple(axis[shown[self.points]] for axis in self.points)
+        if len(points[0]) >= FEWEST:
+            colour = colour * _gain(colour[points], self.image[points])
+        everywhere = slice(None), slice(None)
+        kept = self.hole & ~self._contradicted(colour, shown) if self.depth <= self.cell else self.hole
+        weight = self._extended(everywhere, kept.astype(np.float32)) * shown
+        self.lasting = Showing(weight[..., None] * colour, weight, np.float32(LASTING) * weight)
+        self.sides.append(self._nothing())
+
+    def _contradicted(self, colour: np.ndarray, shown: np.ndarray) -> np.ndarray:
+        """``[h,w]`` bool: near parts of the rim where a picture ``[h,w,3]`` is ``shown`` that differs."""
+        rim = (self.rim & shown).astype(np.float32)
+        error = ((self.image - colour) ** 2).mean(axis=2) * rim
+        deviation = NEARBY * self.cell * self.size[0] / self.hole.shape[1]
+        share, error = (cv2.GaussianBlur(self._shrunk(v), (0, 0), deviation) for v in (rim, error))
+        return self._enlarged((share > BEYOND) & (error > APART**2 * share)) > 0
+
+    def _extended(self, part: Box, weight: np.ndarray) -> np.ndarray:
+        """Weights in the hole, and on the rim as much as at the nearest of its pixels."""
+        beside = cv2.dilate(weight, np.ones((2 * RIM + 1, 2 * RIM + 1), np.uint8))
+        return np.where(self.hole[part], weight, np.where(self.rim[part], beside, 0))
+
+    @property
+    def covered(self) -> np.ndarray:
+        """``[h,w]`` bool: where frames show the hole or its rim."""
+        return np.any([side.weight > 0 for side in self.sides], axis=0)
+
+    @property
+    def seen(self) -> np.ndarray:
+        """``[h,w]`` bool: where frames show the hole, or it is known what lasts."""
+        covered = self.covered if self.lasting is None else self.covered | (self.lasting.weight > 0)
+        return self.hole & covered
+
+    def blend(self, finished: Sequence[tuple[np.ndarray, int]] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """Colours ``[h,w,3]`` float32 for the hole, and where there are any ``[h,w]`` bool.
+
+        Args:
+            finished: what finished frames show at the same place, ``[h,w,3]`` uint8 or uint16, and how many
+                frames away they are. Of use where it is known what lasts.
+        """
+        total, weight = self.sides[0].total, self.sides[0].weight
+        if self.lasting is not None:
+            total, weight = self._chosen(finished)
+        known = weight > 0
+        blended = total / np.where(known, weight, 1)[..., None]
         seen = self.hole & known
         return blended + rim_correction(self.image, blended, self.rim & known, seen), seen
+
+    def _chosen(self, finished: Sequence[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Weighted sum of colours ``[h,w,3]``, and of the weights ``[h,w]``, of what is elected.
+
+        Elsewhere of the frames before and after, or of what lasts where these show nothing.
+        """
+        assert self.lasting is not None
+        showings = [*self.sides, self.lasting]
+        known = [(self.image, self.rim, BORDER)]
+        known += [(to_levels(image), self.hole, INERTIA / distance) for image, distance in finished]
+        winner = self._enlarged(
+            elect(
+                [self._without_detail(showing.total, showing.weight) for showing in showings],
+                [self._shrunk(showing.vote) for showing in showings],
+                (
+                    (self._without_detail(image * where[..., None], where), vote * self._shrunk(where))
+                    for image, where, vote in known
+                ),
+            )
+        )
+        taken = [(winner == i) & (showing.weight > 0) for i, showing in enumerate(showings)]
+        left = ~np.any(taken, axis=0)
+        total, weight = np.zeros_like(self.image), np.zeros(self.hole.shape, np.float32)
+        for showing, usual, chosen in zip(showings, (left, left, left & ~self.covered), taken, strict=True):
+            counts = usual | chosen
+            total += showing.total * counts[..., None]
+            weight += showing.weight * counts
+        return total, weight
+
+    def _shrunk(self, values: np.ndarray) -> np.ndarray:
+        """Means of values ``[h,w]`` or ``[h,w,C]`` over the cells of the coarse grid, float32."""
+        return cv2.resize(values.astype(np.float32, copy=False), self.size, interpolation=cv2.INTER_AREA)
+
+    def _enlarged(self, cells: np.ndarray) -> np.ndarray:
+        """``[h,w]`` uint8 from the cells of the coarse grid."""
+        return cv2.resize(cells.astype(np.uint8), self.hole.shape[::-1], interpolation=cv2.INTER_NEAREST)
+
+    def _without_detail(self, total: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """Mean colours ``[h,w,3]`` on the coarse grid of a sum ``[h,w,3]`` with these weights ``[h,w]``."""
+        total, weight = (cv2.GaussianBlur(self._shrunk(v), (0, 0), DETAIL) for v in (total, weight))
+        return total / np.maximum(weight, 1e-9)[..., None]
+
+
+def elect(
+    pictures: Sequence[np.ndarray],
+    votes: Sequence[np.ndarray],
+    known: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> np.ndarray:
+    """Which of three pictures is to be taken at each pixel ``[h,w]`` uint8, or 3 where they agree.
+
+    Where they differ their mean would be a ghost, half transparent. Such pixels are joined to regions,
+    about the outlines of what has moved, and each region is given to one picture: the one that has most
+    votes, its own, those of others that agree with it, and those of what is known. Where it shows nothing
+    it is the next.
+
+    Args:
+        pictures: each ``[h,w,3]`` float32, in grey levels, without detail.
+        votes: of each ``[h,w]`` float32, zero where it shows nothing.
+        known: pictures that tell what is to be expected, and their votes for what agrees with them.
+    """
+    there = [vote > 0 for vote in votes]
+    totals = [vote.copy() for vote in votes]
+    apart = np.zeros(votes[0].shape, bool)
+    for i, j in combinations(range(3), 2):
+        both = there[i] & there[j]
+        same = both & _alike(pictures[i], pictures[j])
+        apart |= both & ~same
+        totals[i] += votes[j] * same
+        totals[j] += votes[i] * same
+    if not apart.any():
+        return np.full(apart.shape, 3, np.uint8)
+    for picture, vote in known:
+        for i in range(3):
+            totals[i] += vote * (there[i] & _alike(pictures[i], picture))
+    apart = dilate(apart, MARGIN)
+    count, labels = cv2.connectedComponents(apart.astype(np.uint8))
+    polls = np.stack([np.bincount(labels.ravel(), total.ravel(), count) for total in totals])  # [3,count]
+    winner = np.where(np.stack(there), polls[:, labels], 0).argmax(axis=0)
+    return np.where(apart, winner, 3).astype(np.uint8)
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``[h,w]`` bool: where two pictures ``[h,w,3]`` differ by no more than ``APART`` in any channel."""
+    return cv2.inRange(cv2.absdiff(a, b), (0.0,) * 3, (APART,) * 3) > 0
+
+
+def _gain(colour: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Gain per channel ``[3]`` that takes colours ``[N,3]`` to the true ones, whatever has moved."""
+    gain = np.ones(3, np.float32)
+    for _ in range(4):  # what has moved counts little
+        weight = 1 / (NOISE + np.abs(colour * gain - truth))
+        gain = (weight * colour * truth).sum(axis=0) / np.maximum((weight * colour**2).sum(axis=0), 1e-6)
+        gain = np.clip(gain, 0.5, 2.0).astype(np.float32)
+    return gain
 
 
 def rim_correction(image: np.ndarray, filled: np.ndarray, rim: np.ndarray, hole: np.ndarray) -> np.ndarray:
