@@ -3,7 +3,9 @@
     python -m benchmarks.bench_propagation
 
 A camera pans over a picture made of noise at all scales; a hole of about 7 % of the frame swings across
-it, as in the demo. The clip is an H.264 file, the masks are PNG images, the result is an H.264 file.
+it, as in the demo. Or a poster of that area is painted on the picture in the first frame, or in the first and
+last one, and carried to the others (``--keyframe``). The clip is an H.264 file, masks and keyframes are PNG
+images, the result is an H.264 file.
 Every size runs in a fresh process: its peak memory includes Python and PyTorch. Writes
 ``propagation.json`` beside the other results of this machine.
 """
@@ -28,6 +30,8 @@ from gi_kernels.testing import machine
 HERE = Path(__file__).resolve().parent
 # Pixels per frame that the camera moves, as a share of the width.
 SPEED = 0.006
+# The poster: rows and columns, as shares of height and width; columns are those of the first frame.
+POSTER = (0.35, 0.65), (0.4, 0.63)
 
 COMMAND = "import sys; from gi_model.cli import main; sys.exit(main(sys.argv[1:]))"
 SPEED_LINE = re.compile(r"([\d.]+) frames per second; peak memory (\d+) MiB")
@@ -40,6 +44,7 @@ class Size(NamedTuple):
     width: int
     height: int
     frames: int
+    keyframes: tuple[int, ...] = ()  # those that are edited; without any, a hole is repaired
 
 
 SIZES = (
@@ -47,6 +52,8 @@ SIZES = (
     Size("480p", 854, 480, 40),
     Size("720p", 1280, 720, 36),
     Size("1080p", 1920, 1080, 36),
+    Size("480p-edit", 854, 480, 40, (0,)),
+    Size("480p-edits", 854, 480, 40, (0, 39)),
 )
 
 
@@ -79,11 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(size: Size) -> dict[str, Any]:
-    """Repair a clip of this size in a process of its own."""
+    """Repair a clip of this size, or carry its edits, in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_clip(folder, size)
-        command = ["propagate", str(folder / "clip.mp4"), "--masks", str(folder / "masks")]
+        command = ["propagate", str(folder / "clip.mp4"), *write_clip(folder, size)]
         done = subprocess.run(
             [sys.executable, "-c", COMMAND, *command, "-o", str(folder / "out.mp4")],
             capture_output=True,
@@ -106,23 +112,43 @@ def measure(size: Size) -> dict[str, Any]:
     }
 
 
-def write_clip(folder: Path, size: Size) -> None:
-    """Write ``clip.mp4`` and ``masks/``."""
+def write_clip(folder: Path, size: Size) -> list[str]:
+    """Write ``clip.mp4``, and ``masks/`` or keyframes; the options that name these."""
     from gi_model.demo import swinging_masks
     from gi_model.video import FrameWriter
+    from gi_model.video.images import write_image
 
-    with FrameWriter(folder / "clip.mp4") as clip, FrameWriter(folder / "masks") as masks:
-        moving = swinging_masks(size.height, size.width, size.frames)
-        for frame, mask in zip(pan(size), moving, strict=True):
+    options = [] if size.keyframes else ["--masks", str(folder / "masks")]
+    with FrameWriter(folder / "clip.mp4") as clip:
+        for i, frame in enumerate(pan(size)):
             clip.write(frame)
-            masks.write(np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255)
+            if i in size.keyframes:
+                write_image(folder / f"{i}.png", with_poster(frame, size, i))
+                options += ["--keyframe", f"{i}={folder / f'{i}.png'}"]
+    if not size.keyframes:
+        with FrameWriter(folder / "masks") as masks:
+            for mask in swinging_masks(size.height, size.width, size.frames):
+                masks.write(np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255)
+    return options
+
+
+def with_poster(frame: np.ndarray, size: Size, index: int) -> np.ndarray:
+    """Frame ``index`` of the pan with a red poster on the picture."""
+    (top, bottom), (left, right) = (
+        [round(share * length) for share in side]
+        for side, length in zip(POSTER, (size.height, size.width), strict=True)
+    )
+    moved = _step(size) * index
+    frame = frame.copy()
+    frame[top:bottom, max(0, left - moved) : max(0, right - moved)] = 220, 40, 30
+    return frame
 
 
 def pan(size: Size) -> Iterator[np.ndarray]:
     """Frames ``[H,W,3]`` uint8 of a camera that moves sideways over a picture with detail at all scales."""
     import cv2
 
-    step = max(1, round(SPEED * size.width))
+    step = _step(size)
     width = size.width + step * size.frames
     rng = np.random.default_rng(0)
     picture = np.zeros((size.height, width, 3), np.float32)
@@ -135,6 +161,11 @@ def pan(size: Size) -> Iterator[np.ndarray]:
     picture = np.clip(127 + 45 * picture / picture.std(), 0, 255).astype(np.uint8)
     for i in range(size.frames):
         yield np.ascontiguousarray(picture[:, step * i : step * i + size.width])
+
+
+def _step(size: Size) -> int:
+    """Pixels per frame that the camera moves."""
+    return max(1, round(SPEED * size.width))
 
 
 if __name__ == "__main__":

@@ -119,7 +119,8 @@ def propagation(results: Mapping[str, Any]) -> list[str]:
     if not cases:
         return []
     lines = [
-        "`gi-model propagate` without weights, H.264 to H.264, a hole of about 7 % that moves over a pan "
+        "`gi-model propagate` without weights, H.264 to H.264, a hole of about 7 % that moves over a pan; "
+        "`-edit`: a poster of that area carried from the first frame, `-edits`: from the first and the last "
         "(`python -m benchmarks.bench_propagation`):",
         "",
         "| size | frames | frames per second | peak memory | where the time goes |",

@@ -51,3 +51,13 @@ def test_the_camera_moves():
     frames = list(bench_propagation.pan(bench_propagation.Size("x", 400, 60, 3)))
     step = round(bench_propagation.SPEED * 400)
     assert all(np.array_equal(a[:, step:], b[:, :-step]) for a, b in itertools.pairwise(frames))
+
+
+def test_the_poster_stays_on_the_picture():
+    size = bench_propagation.Size("x", 400, 60, 3, (0, 2))
+    frames = list(bench_propagation.pan(size))
+    first, last = (bench_propagation.with_poster(frames[i], size, i) for i in (0, 2))
+    step = 2 * round(bench_propagation.SPEED * 400)
+    assert np.array_equal(first[:, step:], last[:, :-step])
+    assert 0.06 < (first != frames[0]).any(axis=2).mean() < 0.08
+    assert not np.array_equal(frames[0], first)
