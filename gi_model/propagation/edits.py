@@ -19,9 +19,9 @@ from gi_model.propagation.finished import Finished
 from gi_model.propagation.sampling import (
     Box,
     Enlarger,
-    bounding_box,
     from_levels,
     look_up,
+    relative,
     shrink,
     to_bytes,
     to_levels,
@@ -73,9 +73,9 @@ class EditPropagator:
 
     **Tracking.** At a shorter side of at most 480 pixels, see
     :class:`~gi_model.propagation.tracking.Tracker`: flow is composed frame by frame outward from the
-    keyframe and corrected against the keyframe's own colours; confidence ``c`` falls with the
-    forward-backward error that has gathered, and where the frame shows something else than the keyframe.
-    So an edit goes behind what passes in front of it, and comes back.
+    keyframe and corrected against the keyframe's own colours, in a box around the edit; confidence ``c``
+    falls with the forward-backward error that has gathered, and where the frame shows something else than
+    the keyframe. So an edit goes behind what passes in front of it, up to its contour, and comes back.
 
     **Compositing.** At pixel ``p``, which lies at ``q`` in the keyframe, the frame ``I`` becomes
 
@@ -197,27 +197,37 @@ class EditPropagator:
     def _blended(
         self, image: np.ndarray, mask: np.ndarray | None, layers: list[tuple[float, _Layer]]
     ) -> np.ndarray:
-        total = np.zeros(image.shape, np.float32)
-        weight = np.zeros(image.shape[:2], np.float32)
-        hidden = np.ones(image.shape[:2], np.float32)
-        shown = np.zeros(image.shape[:2], np.float32)
+        seen = [layer.box for _, layer in layers if layer.rim.size]
+        if not seen:
+            return image
+        rows, columns = (
+            slice(min(side.start for side in sides), max(side.stop for side in sides))
+            for sides in zip(*seen, strict=True)
+        )
+        box = rows, columns
+        enlarger = Enlarger(box, image.shape[:2], layers[0][1].confidence.shape)
+        shape = enlarger.x.shape
+        total = np.zeros((*shape, 3), np.float32)
+        weight, shown = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        hidden = np.ones(shape, np.float32)
         for share, layer in layers:
-            confidence = cv2.resize(layer.confidence.astype(np.float32) / 255, image.shape[1::-1])
-            part = share * confidence
-            total[layer.box] += part[layer.box][..., None] * layer.change
-            shown[layer.box] = np.maximum(shown[layer.box], layer.rim)
-            weight += part
+            confidence = enlarger.map(layer.confidence[enlarger.small_box].astype(np.float32) / 255)
+            weight += share * confidence
             hidden *= 1 - confidence
+            if layer.rim.size:
+                part = relative(layer.box, box)
+                total[part] += share * confidence[part][..., None] * layer.change
+                shown[part] = np.maximum(shown[part], layer.rim)
         total *= ((1 - hidden) / np.maximum(weight, 1e-9))[..., None]
         wanted = shown > 0.5
         if mask is not None:
-            total[~mask] = 0
-            wanted &= mask
+            total[~mask[box]] = 0
+            wanted &= mask[box]
         self.masked += int(wanted.sum())
         self.unseen += int((wanted & (hidden > 0.5)).sum())
-        changed = total.any(axis=2)
         result = image.copy()
-        result[changed] = from_levels(to_levels(image[changed]) + total[changed], image.dtype)
+        changed = total.any(axis=2)
+        result[box][changed] = from_levels(to_levels(image[box][changed]) + total[changed], image.dtype)
         return result
 
     def _edit(self, source: _Source, index: int) -> _Edit:
@@ -270,16 +280,17 @@ class _Edit:
 
     def layer(self, tracker: Tracker, image: np.ndarray) -> _Layer:
         """What the edit makes of ``image``, which the tracker has reached at its own size."""
-        confidence = (255 * tracker.confidence).round().astype(np.uint8)
+        confidence = (255 * tracker.everywhere()).round().astype(np.uint8)
         small, full = confidence.shape, self.rim.shape
-        shown = (tracker.seen > 0) & (confidence > 0)
-        if not shown.any():
+        around = tracker.shown()
+        if around is None:
             empty = np.zeros((0, 0, 3), np.float32)
             return _Layer((slice(0, 0), slice(0, 0)), confidence, empty, empty[..., 0])
-        box = _scaled(bounding_box(shown, 0 if small == full else 1), small, full)
+        box = around if small == full else _scaled(around, small, full)
         enlarger = Enlarger(box, full, small)
-        x, y = enlarger.positions(tracker.flow[..., enlarger.small_box[0], enlarger.small_box[1]])
-        shading = enlarger.map(np.ascontiguousarray(tracker.shading[enlarger.small_box]))
+        followed = relative(enlarger.small_box, tracker.box)
+        x, y = enlarger.positions(tracker.flow[..., followed[0], followed[1]])
+        shading = enlarger.map(np.ascontiguousarray(tracker.shading[followed]))
         # Beyond the keyframe's rim there is no edit, but the keyframe goes on.
         change = cv2.remap(self.change, x, y, cv2.INTER_CUBIC)
         keyframe = look_up(self.keyframe, x, y)

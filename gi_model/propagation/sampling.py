@@ -27,6 +27,12 @@ def bounding_box(mask: np.ndarray, margin: int = 0) -> Box:
     return sides[0], sides[1]
 
 
+def relative(box: Box, origin: Box) -> Box:
+    """A box as seen from the corner of another."""
+    rows, columns = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, origin, strict=True))
+    return rows, columns
+
+
 def regions(mask: np.ndarray, margin: int) -> list[tuple[Box, np.ndarray]]:
     """The parts of ``mask`` [H,W], further than ``margin`` from each other, each with its box.
 
