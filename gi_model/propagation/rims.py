@@ -19,6 +19,8 @@ BLUR = 1.0
 # Levels that one difference may well be smaller than another by chance, and share of the other up to
 # which it is believed: more likely than not, a pixel near the region shows the region.
 CHANCE, BELIEVED = 2.0, 1.25
+# Pixels per frame by which what passes moves otherwise than the region.
+OTHER = 1.5
 # What a pixel's distance from known motion adds to the deviation of its position.
 PER_PIXEL = 0.05
 
@@ -105,20 +107,29 @@ def rim(
     by_flow, continued = (difference(frame, light * image, BLUR) for image in (expected, instead))
     where = ~known & (away < 2 * SMEARED) & (continued < by_flow + 0.5)
     seen = closeness(continued, instead)
-    passing = None if step is None else _passing(frame, agrees, step)
+    passing = None if step is None else _passing(frame, known, agrees, step)
     if passing is not None:
         seen = seen / (1 + ((continued + CHANCE) / (BELIEVED * (passing + CHANCE))) ** 6)
     return Rim(where, away, seen, light)
 
 
-def _passing(frame: np.ndarray, agrees: np.ndarray, step: Step) -> np.ndarray | None:
-    """Difference [h,w] from the frame before along the motion of what passes; None if nothing does."""
-    strange = ((agrees < 0.2) & step.consistent).astype(np.uint8)
+def _passing(frame: np.ndarray, known: np.ndarray, agrees: np.ndarray, step: Step) -> np.ndarray | None:
+    """Difference [h,w] from the frame before along the motion of what passes; None if nothing does.
+
+    What moves with the region is nothing that passes, but noise or a change of light.
+    """
+    own = spread(step.flow, known.astype(np.float32))
+    strange = ((agrees < 0.2) & step.consistent & _differs(step.flow, own)).astype(np.uint8)
     strange = cv2.erode(strange, np.ones((3, 3), np.uint8))
     if strange.sum() < 16:
         return None
-    positions = step.start + spread(step.flow, strange.astype(np.float32))
-    return difference(frame, look_up(step.before, *coordinates(positions)).astype(np.float32), BLUR)
+    motion = spread(step.flow, strange.astype(np.float32))
+    before = look_up(step.before, *coordinates(step.start + motion)).astype(np.float32)
+    return np.where(_differs(motion, own), difference(frame, before, BLUR), np.inf)
+
+
+def _differs(motion: np.ndarray, own: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(motion - own, axis=2) > OTHER
 
 
 def _distance(inside: np.ndarray) -> np.ndarray:
