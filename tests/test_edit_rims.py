@@ -100,7 +100,7 @@ def test_what_moves_with_the_bar_is_no_rim():
     """Both the keyframe and the frame before look like the frame there; only one of them exactly."""
     plane, bar = texture(3, W, 5).astype(np.float32), np.zeros((H, W), bool)
     bar[:, 100:140] = True
-    front = np.clip(plane + 6, 0, 255)  # levels: not enough to tell it from the plane by itself
+    front = np.clip(plane + 12, 0, 255)  # levels: not enough, given the contrast, to tell it from the plane
     frame = np.where(bar[..., None], front, plane)
     before = np.roll(frame, -4, axis=1).astype(np.uint8)
     agrees = (~bar).astype(np.float32)
@@ -112,7 +112,7 @@ def test_what_moves_with_the_bar_is_no_rim():
     assert known is not None
     inside = cv2.erode(bar.astype(np.uint8), np.ones((5, 5))) > 0
     alone, judged = (rims.rim(frame, plane, plane, known, agrees, s).seen for s in (None, step))
-    assert alone[inside].mean() > 0.8 and judged[inside].mean() < 0.3
+    assert alone[inside].mean() > 0.8 and judged[inside].mean() < 0.4
 
 
 @pytest.mark.parametrize("agrees", [np.ones((20, 20)), np.zeros((20, 20))])

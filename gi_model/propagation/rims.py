@@ -16,9 +16,10 @@ from gi_model.propagation.sampling import Box, look_up
 SMEARED = 7.0
 # Deviation of the windows that colours are compared in here. Narrow: what passes in front is in them.
 BLUR = 1.0
-# Levels that one difference may well be smaller than another by chance, and share of the other up to
-# which it is believed: more likely than not, a pixel near the region shows the region.
-CHANCE, BELIEVED = 2.0, 1.25
+# Levels that one difference may well be larger than another by chance (on flat ground both are what
+# compression left), and multiple of the other up to which it is believed: more likely than not, a pixel
+# near the region shows the region.
+CHANCE, BELIEVED = 6.0, 1.6
 # Pixels per frame by which what passes moves otherwise than the region.
 OTHER = 1.5
 # What a pixel's distance from known motion adds to the deviation of its position.
