@@ -26,7 +26,7 @@ CLOSING = """
 Published: the published style in eager PyTorch, float32. Ours keeps what belongs to the references.
 Weights are random here: they take as long as trained ones, but what they paint is not worth a look.
 With the published checkpoints the generator fills the mask, also what no frame of a clip shows, which
-without weights is filled smoothly from around it:
+without weights is continued from around it:
   gi-model propagate VIDEO --masks MASKS -o OUT --checkpoint ours.ckpt --flow-checkpoint raft-things.pth
 """
 

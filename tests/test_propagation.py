@@ -243,7 +243,7 @@ def fused(truth, hole, ring, *colours) -> tuple[np.ndarray, np.ndarray]:
     everywhere = np.ones(hole.shape, bool)
     for colour in colours:
         gain, error = fusion.judge(colour[fusion.points], everywhere[fusion.points])
-        fusion.add(whole, colour * gain, (hole / error).astype(np.float32), everywhere)
+        fusion.add(whole, colour * gain, hole.astype(np.float32), error, everywhere)
     return fusion.blend()
 
 

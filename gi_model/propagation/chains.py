@@ -22,6 +22,8 @@ ERROR_SCALE = 0.5
 # Accumulated error, in the same pixels, from which on flow is sought that avoids the way, and from which on
 # what is found on it is not used at all.
 ERROR_DOUBT, ERROR_LIMIT = 1.5, 10.0
+# Difference in the same pixels between two motions of what is hidden, from which on both are followed.
+RIVALS = 0.5
 # Frames behind the first one that shows a pixel at which another one's weight has halved.
 NEARNESS = 1.0
 
@@ -90,14 +92,33 @@ class Chains:
                 if first.flows is None and (first.mask.any() or second.mask.any()):
                     first.flows = self._submit("flow", first, second)
 
+    def passed(self, target: int, box: Box, hole: np.ndarray) -> bool:
+        """Whether what is beside ``hole`` ``[h,w]`` and may reach into it moves otherwise than the scene."""
+        for other in (target + 1, target - 1):
+            if self.stream.same_scene(target, other):
+                scene, beside = (self._between(target, other, which) for which in (False, True))
+                if scene is not beside:
+                    apart = (beside - scene)[0, :2, box[0], box[1]].abs().amax(dim=0)
+                    if (apart.numpy()[hole] > RIVALS).any():
+                        return True
+        return False
+
     def follow(
-        self, target: int, box: Box, hole: np.ndarray, step: int, reach: int, enough: int
+        self,
+        target: int,
+        box: Box,
+        hole: np.ndarray,
+        step: int,
+        reach: int,
+        enough: int,
+        beside: bool = False,
     ) -> list[Link]:
         """Links from ``target`` to the frames before it (``step`` -1) or after it (1), the nearest first.
 
         Flows are composed, so that a colour is sampled once, from an original frame. It goes on for
         ``reach`` frames of the scene, or until every pixel of ``hole`` ``[h,w]``, on ``box``, has left
-        the frame or was seen ``enough`` times.
+        the frame or was seen ``enough`` times. What is hidden moves with the scene, or like what is
+        ``beside`` it.
         """
         flow = torch.zeros(1, 2, *hole.shape)
         error = torch.zeros(1, 1, *hole.shape)
@@ -108,7 +129,7 @@ class Chains:
             here = hole & np.isfinite(error[0, 0].numpy())
             if not (here & (seen < enough)).any() or not self.stream.same_scene(index, index + step):
                 break
-            onward = sample_maps([self._between(index, index + step)], flow, box)
+            onward = sample_maps([self._between(index, index + step, beside)], flow, box)
             flow, error = flow + onward[:, :2], error + onward[:, 2:]
             link = self._link(index + step, flow, error, box)
             error = torch.from_numpy(link.error)[None, None]
@@ -136,7 +157,7 @@ class Chains:
             index, flow, error[0, 0].numpy(), shown[0, 0].numpy(), np.ones(shown.shape[2:], np.float32)
         )
 
-    def _between(self, index: int, other: int) -> torch.Tensor:
+    def _between(self, index: int, other: int, beside: bool = False) -> torch.Tensor:
         """Flow and error ``[1,3,h,w]`` from a frame to another; those between neighbours are kept."""
         first, second = self.stream[min(index, other)], self.stream[max(index, other)]
         if abs(index - other) > 1:
@@ -145,6 +166,8 @@ class Chains:
             flows = first.flows = first.flows or self._submit("flow", first, second)
         with self._stages.timed("wait for flow"):
             found = flows.result()
+        if beside:
+            found = found.beside or found
         return found.forward if other > index else found.backward
 
     def _submit(self, stage: str, first: Frame, second: Frame) -> Future[Flows]:

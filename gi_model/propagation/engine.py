@@ -12,9 +12,10 @@ from gi_model.flow import DISFlow, FlowEstimator
 from gi_model.propagation.background import Background
 from gi_model.propagation.chains import Chains, Link
 from gi_model.propagation.finished import Finished
-from gi_model.propagation.fusion import Fusion, fill_smoothly
+from gi_model.propagation.fusion import Fusion, fill_along_edges
 from gi_model.propagation.neighbours import dilate
 from gi_model.propagation.policy import Policy, VisibilityPolicy
+from gi_model.propagation.rivals import Rival, settle
 from gi_model.propagation.sampling import (
     Box,
     Enlarger,
@@ -63,8 +64,9 @@ class Propagator:
 
     For each masked pixel the flow is followed from frame to frame, as a composition, so that a colour
     is sampled once, from an original frame. Frames that show it are weighed by how well the flow agrees
-    with itself on the way and by how well they match the picture around the hole, and blended. What
-    no frame shows is filled smoothly in one frame of a block, where most is missing, and carried to the
+    with itself on the way and by how well they match the picture around the hole, and blended. Where
+    something moves beside the hole otherwise than the scene, both motions are followed. What no frame
+    shows is continued from around it in one frame of a block, where most is missing, and carried to the
     others. Pixels outside the mask are returned as they came; those inside are never looked at. Scene
     cuts are found and not crossed.
 
@@ -222,15 +224,22 @@ class Propagator:
             around = dilate(hole, ring) & (frame.visible[box] > 0)
             enlarger = Enlarger(box, frame.mask.shape, frame.small_mask.shape)
             with self.stages.timed("chains"):
-                chosen = self._choose(chains, index, enlarger.small_box, enlarger.shrink(hole))
+                ways = self._choose(chains, index, enlarger.small_box, enlarger.shrink(hole))
             with self.stages.timed("fusion"):
+                if scenery is None and len(ways) > 1:
+                    rivals = [Rival(to_levels(frame.image[box]), hole, around, ring) for _ in ways]
+                    for rival, links in zip(rivals, ways, strict=True):
+                        _collect(chains, index, rival, links, enlarger)
+                    colour, seen = settle(rivals, ~hole & (frame.visible[box] > 0))
+                    draft.image[box][seen] = from_levels(colour[seen], frame.image.dtype)
+                    draft.missing[box] &= ~seen
+                    draft.uncovered += int((hole & ~seen).sum())
+                    continue
                 fusion = Fusion(to_levels(frame.image[box]), hole, around, ring)
                 if scenery is not None:
                     fusion.add_lasting(to_levels(scenery[0][box]), scenery[1][box])
                     draft.undecided.append((box, fusion))
-                for link in chosen:
-                    other = chains.stream[link.index]
-                    _add(fusion, other.image, other.visible, link, link.weight, enlarger, link.index - index)
+                _collect(chains, index, fusion, ways[0], enlarger)
                 if scenery is None:
                     _put(fusion, draft.image[box])
                 draft.missing[box] &= ~fusion.seen
@@ -246,17 +255,36 @@ class Propagator:
             _put(fusion, draft.image[box], finished)
         draft.undecided.clear()
 
-    def _choose(self, chains: Chains, index: int, box: Box, hole: np.ndarray) -> list[Link]:
-        """Links to the frames from which ``hole`` is filled, on a box of the flow's grid."""
-        links = chains.follow(index, box, hole, 1, self.radius, ENOUGH)
-        links += chains.follow(index, box, hole, -1, self.radius, ENOUGH)
+    def _choose(self, chains: Chains, index: int, box: Box, hole: np.ndarray) -> list[list[Link]]:
+        """Links to the frames from which ``hole`` is filled, on a box of the flow's grid.
+
+        One list for what moves with the scene, and where something else moves beside the hole, one for that.
+        """
+        links = self._follow(chains, index, box, hole)
         lost = hole & ~np.any([link.trusted for link in links], axis=0) if links else hole
-        every = 1 + int(hole.sum()) // SAMPLED
-        shown = {link.index: link.weight[hole][::every] for link in links}
-        chosen = set(self.policy.references(index, shown))
-        return [link for link in links if link.index in chosen] + [
-            chains.direct(index, box, other) for other in _recoverable(index, links, lost, LOST * hole.sum())
+        others = _recoverable(index, links, lost, LOST * hole.sum())
+        ways = [self._referred(index, links, hole) + [chains.direct(index, box, other) for other in others]]
+        if chains.passed(index, box, hole):
+            ways.append(self._referred(index, self._follow(chains, index, box, hole, beside=True), hole))
+        return ways
+
+    def _follow(
+        self, chains: Chains, index: int, box: Box, hole: np.ndarray, beside: bool = False
+    ) -> list[Link]:
+        """Links ahead and back."""
+        return [
+            link
+            for step in (1, -1)
+            for link in chains.follow(index, box, hole, step, self.radius, ENOUGH, beside)
         ]
+
+    def _referred(self, index: int, links: list[Link], hole: np.ndarray) -> list[Link]:
+        """Those links that the policy chooses."""
+        every = 1 + int(hole.sum()) // SAMPLED
+        chosen = set(
+            self.policy.references(index, {link.index: link.weight[hole][::every] for link in links})
+        )
+        return [link for link in links if link.index in chosen]
 
     def _complete(
         self,
@@ -274,7 +302,7 @@ class Propagator:
             if missing.any():
                 image, missing = self._carry(chains, index, image, missing, other, results[other])
         with self.stages.timed("fill"):
-            return fill_smoothly(image, missing)
+            return fill_along_edges(image, missing)
 
     def _carry(
         self,
@@ -312,6 +340,13 @@ def _ring(mask: np.ndarray) -> int:
     return max(4, round(RING * min(mask.shape)))
 
 
+def _collect(chains: Chains, index: int, fusion: Fusion, links: Iterable[Link], enlarger: Enlarger) -> None:
+    """Add what the frames of ``links`` show of the hole of a frame."""
+    for link in links:
+        other = chains.stream[link.index]
+        _add(fusion, other.image, other.visible, link, link.weight, enlarger, link.index - index)
+
+
 def _add(
     fusion: Fusion,
     image: np.ndarray,
@@ -332,14 +367,13 @@ def _add(
         return
     x, y, shown = look(fusion.points)
     gain, error = fusion.judge(to_levels(look_up(image, x, y)), shown)
-    weight /= error
-    part = fusion.part(weight)
+    part = fusion.part(weight / error)
     if part is None:
         return
     x, y, shown = look(part)
     if shown.any():
         x, y = (np.where(shown, position, position[shown][0]) for position in (x, y))
-        fusion.add(part, sample_colour(image, x, y) * gain, weight[part], shown, distance)
+        fusion.add(part, sample_colour(image, x, y) * gain, weight[part], error[part], shown, distance)
 
 
 def _put(fusion: Fusion, image: np.ndarray, finished: Sequence[tuple[np.ndarray, int]] = ()) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import cv2
 import numpy as np
 
+from gi_model.propagation.edges import continue_edges
 from gi_model.propagation.membrane import membrane
 from gi_model.propagation.neighbours import dilate
 from gi_model.propagation.sampling import Box, bounding_box, from_levels, to_levels
@@ -136,9 +137,15 @@ class Fusion:
         return bounding_box(weight > 0, RIM) if (weight > 0).any() else None
 
     def add(
-        self, part: Box, colour: np.ndarray, weight: np.ndarray, shown: np.ndarray, distance: int = 0
+        self,
+        part: Box,
+        colour: np.ndarray,
+        weight: np.ndarray,
+        error: np.ndarray,
+        shown: np.ndarray,
+        distance: int = 0,
     ) -> None:
-        """Add colours of a part: ``[h,w,3]`` float32, ``[h,w]`` float32 in the hole, ``[h,w]`` bool.
+        """Add colours of a part: ``[h,w,3]`` float32, weight and error ``[h,w]`` float32, ``[h,w]`` bool.
 
         Beside the hole they count as much as at the nearest of its pixels, so that a step at the rim is
         that of the frames that fill the hole there.
@@ -147,7 +154,7 @@ class Fusion:
             distance: frames from this one to theirs, negative before it.
         """
         side = self.sides[-1 if distance > 0 else 0]
-        weight = self._extended(part, weight) * shown
+        weight = self._extended(part, weight / error) * shown
         side.total[part] += weight[..., None] * colour
         side.weight[part] += weight
         if self.lasting is not None:
@@ -325,17 +332,28 @@ def rim_correction(image: np.ndarray, filled: np.ndarray, rim: np.ndarray, hole:
     return membrane(smooth, rim) * hole[..., None]
 
 
+def fill_along_edges(image: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """``image`` ``[H,W,3]`` uint8 or uint16 with what is ``missing`` continued; grey if it is altogether."""
+    return _fill(image, missing, continue_edges)
+
+
 def fill_smoothly(image: np.ndarray, missing: np.ndarray) -> np.ndarray:
     """``image`` ``[H,W,3]`` uint8 or uint16 with a membrane where ``missing``; grey if it is altogether.
 
     It is closer to the truth than what OpenCV's inpainting draws into large holes, and has no false edges.
     """
+    return _fill(image, missing, membrane)
+
+
+def _fill(
+    image: np.ndarray, missing: np.ndarray, method: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> np.ndarray:
     if not missing.any():
         return image
     if missing.all():
         return np.full_like(image, np.iinfo(image.dtype).max // 2)
-    box = bounding_box(missing, 1)
-    filled = membrane(to_levels(image[box]), ~missing[box])
+    box = bounding_box(missing, RIM)
+    filled = method(to_levels(image[box]), ~missing[box])
     image = image.copy()
     image[box] = np.where(missing[box][..., None], from_levels(filled, image.dtype), image[box])
     return image

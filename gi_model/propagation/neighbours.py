@@ -17,8 +17,20 @@ from gi_model.propagation.sampling import bounding_box
 # the frame's shorter side. Far at first, where filled holes move with the mask instead of the scene;
 # nearer when they have been filled with what moves with the scene.
 FAR, NEAR = 0.15, 0.03
-# Width, as a share of the same side, of the ring around it that the motion model is fitted to.
-RING = 0.06
+# And nearer still where something else passes that this would reach into.
+BESIDE = 0.015
+# Width, as a share of the same side, of the ring around it that the motion beside it is fitted to; and
+# deviation, in the same share, of the window over which the motion of the scene is averaged.
+RING, WINDOW = 0.06, 0.06
+# Rows of the grid on which the motion of the scene is found, about.
+GRID = 80
+# What moves otherwise than the scene: deviation from its affine motion, in pixels, at least, and as a
+# multiple of the median.
+OTHER, TYPICAL = 0.5, 5.0
+# That median in a scene of such depth that what passes cannot be told from what stands near.
+RIGID = 0.2
+# Share of the ring around a hole that must do so.
+PASSED = 0.05
 # Size of the coarse flows: one over that.
 COARSE = 4
 # Motion of the camera, in pixels at the corners of the frame, below which it stands; and what the flow of
@@ -35,10 +47,14 @@ class Flows:
     Attributes:
         forward, backward: ``[1,3,H,W]`` float16: flow in pixels, x first, then its forward-backward
             error in pixels. ``forward`` lies on the first frame's grid, ``backward`` on the second's.
+            What is hidden moves with the scene.
+        beside: the same, but what is hidden moves like what is beside it; None where nothing beside it
+            moves otherwise than the scene.
     """
 
     forward: torch.Tensor
     backward: torch.Tensor
+    beside: Flows | None = None
 
 
 def connect(
@@ -52,14 +68,24 @@ def connect(
     stands, what is hidden is taken to rest.
     """
     pair = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2))  # [2,3,H,W]
-    still = False
-    if any(mask.any() for mask in masks):
-        coarse = _coarse_flow(estimator, pair)
-        still = all(_stands(flow, mask) for flow, mask in zip(coarse, masks, strict=True))
-        inside = _stilled(coarse, masks) if still else _continued(coarse, masks, FAR)
-        pair = _fill_from_each_other(pair, masks, inside)
+    if not any(mask.any() for mask in masks):
+        return _both(*estimator(pair, pair.flip(0)).split(1))
+    coarse = _coarse_flow(estimator, pair)
+    if all(_stands(flow, mask) for flow, mask in zip(coarse, masks, strict=True)):
+        pair = _fill_from_each_other(pair, masks, _stilled(coarse, masks))
+        return _both(*_stilled(estimator(pair, pair.flip(0)), masks))
+    inside = [_continued(flow, mask, FAR, FAR)[0] for flow, mask in zip(coarse, masks, strict=True)]
+    pair = _fill_from_each_other(pair, masks, inside)
     flows = estimator(pair, pair.flip(0))
-    forward, backward = _stilled(flows, masks) if still else _continued(flows, masks, NEAR)
+    forward, backward = (_continued(f, m, NEAR, BESIDE) for f, m in zip(flows, masks, strict=True))
+    found = _both(forward[0], backward[0])
+    if any(scene is not beside for scene, beside in (forward, backward)):
+        found.beside = _both(forward[1], backward[1])
+    return found
+
+
+def _both(forward: torch.Tensor, backward: torch.Tensor) -> Flows:
+    """Flows [1,2,H,W] with their errors."""
     return Flows(
         torch.cat([forward, flow_consistency(forward, backward)], dim=1).half(),
         torch.cat([backward, flow_consistency(backward, forward)], dim=1).half(),
@@ -93,13 +119,6 @@ def _coarse_flow(estimator: FlowEstimator, pair: torch.Tensor) -> torch.Tensor:
     return flow * torch.tensor([width / size[1], height / size[0]])[:, None, None]
 
 
-def _continued(
-    flows: torch.Tensor, masks: tuple[np.ndarray, np.ndarray], margin: float
-) -> list[torch.Tensor]:
-    """Both flows [2,2,H,W] continued into the masks: two of [1,2,H,W]."""
-    return [continue_flow(flows[i : i + 1], mask, margin) for i, mask in enumerate(masks)]
-
-
 def _fill_from_each_other(
     pair: torch.Tensor, masks: tuple[np.ndarray, np.ndarray], flows: list[torch.Tensor]
 ) -> torch.Tensor:
@@ -122,8 +141,72 @@ def _replace(image: torch.Tensor, hole: torch.Tensor, sample: torch.Tensor) -> t
     return torch.where(hole & (sample[:, 3:] > 0.999), sample[:, :3], image)
 
 
+def _continued(
+    flow: torch.Tensor, mask: np.ndarray, margin: float, narrow: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flow [2,H,W] continued into a mask [H,W] with the scene, and with what is beside it: [1,2,H,W] each.
+
+    They are the same where nothing beside a hole moves otherwise than the scene. Where something does, the
+    flow is trusted up to the ``narrow`` margin.
+    """
+    if not mask.any():
+        whole = flow[None]
+        return whole, whole
+    hidden = dilate(mask, _distrust(mask, margin))
+    passed, motion = _passed(flow.numpy(), hidden)
+    if not passed.any():
+        beside = _with_rings(flow[None], hidden)
+        return beside, beside
+    hidden &= ~passed | dilate(mask, _distrust(mask, narrow))
+    beside = _with_rings(flow[None], hidden)
+    return torch.where(torch.from_numpy(passed & hidden), torch.from_numpy(motion), beside), beside
+
+
+def _passed(flow: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Regions of ``hidden`` [H,W] that something passes, and the motion of the scene [2,H,W] behind it.
+
+    The scene moves by an affine motion that most of what is visible agrees on, plus an average of what the
+    pixels nearby have beside it. Those that deviate from it by far are something else. Of a scene that does
+    not move so nothing is said.
+    """
+    side, ring = min(hidden.shape), _ring(hidden)
+    every = max(1, side // GRID)
+    sparse = flow[:, ::every, ::every]
+    count, labels = cv2.connectedComponents(hidden.astype(np.uint8))
+    near = labels[::every, ::every].astype(np.float32)
+    visible = (near == 0) & np.isfinite(sparse).all(axis=0)
+    motion = affine_motion(sparse, visible, floor=STILL)
+    rest = sparse - motion
+    deviation = np.sqrt((rest**2).sum(axis=0))
+    typical = float(np.median(deviation[visible])) if visible.any() else 0.0
+    if typical > RIGID:
+        return np.zeros_like(hidden), flow
+    scene = visible & (deviation < max(OTHER, TYPICAL * typical))
+    near = cv2.dilate(near, np.ones((1 + 2 * ring // every,) * 2, np.uint8)).astype(int)
+    total, other = (np.bincount(near[where], minlength=count) for where in (visible, visible & ~scene))
+    motion = motion + _average(rest, scene, WINDOW * side / every)
+    return (other > PASSED * total)[labels] & hidden, _enlarge(motion, every, hidden.shape)
+
+
+def _average(values: np.ndarray, where: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian averages [2,H,W] of values [2,H,W] ``where`` [H,W] they count; zero where that is far."""
+    sums = cv2.GaussianBlur(np.dstack([*np.where(where, values, 0), where]).astype(np.float32), (0, 0), sigma)
+    return (sums[..., :2] / (sums[..., 2:] + 0.01)).transpose(2, 0, 1)
+
+
+def _enlarge(values: np.ndarray, every: int, shape: tuple[int, int]) -> np.ndarray:
+    """``[2,H,W]`` from the values at each ``every``-th row and column."""
+    matrix = np.array([[1 / every, 0, 0], [0, 1 / every, 0]])
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    size = shape[1], shape[0]
+    large = cv2.warpAffine(
+        values.transpose(1, 2, 0), matrix, size, flags=how, borderMode=cv2.BORDER_REPLICATE
+    )
+    return large.transpose(2, 0, 1)
+
+
 def continue_flow(flow: torch.Tensor, mask: np.ndarray, margin: float = NEAR) -> torch.Tensor:
-    """Flow [1,2,H,W] with the region of ``mask`` [H,W] and its surroundings continued from outside.
+    """Flow [1,2,H,W] with the region of ``mask`` [H,W] and its surroundings continued from beside it.
 
     The surroundings reach ``margin`` times the frame's shorter side.
 
@@ -131,27 +214,32 @@ def continue_flow(flow: torch.Tensor, mask: np.ndarray, margin: float = NEAR) ->
     makes of the remainder. The affine part carries pans, zooms and turns across the hole, where an
     average of its rim would flatten them.
     """
-    if not mask.any():
-        return flow
-    side = min(mask.shape)
-    distrusted = dilate(mask, _distrust(mask, margin))
-    ring = max(4, round(RING * side))
-    flow = flow.clone()
-    estimated = flow[0].numpy().copy()
-    count, labels = cv2.connectedComponents(distrusted.astype(np.uint8))
+    return _with_rings(flow, dilate(mask, _distrust(mask, margin))) if mask.any() else flow
+
+
+def _with_rings(flow: torch.Tensor, hidden: np.ndarray) -> torch.Tensor:
+    """Flow [1,2,H,W] with what the ring around each region of ``hidden`` [H,W] continues to."""
+    ring = _ring(hidden)
+    count, labels = cv2.connectedComponents(hidden.astype(np.uint8))
+    result = flow.clone()
     for label in range(1, count):
         region = labels == label
         box = bounding_box(region, ring + 1)
         region = region[box]
-        around = dilate(region, ring) & ~distrusted[box]
-        cut = estimated[:, box[0], box[1]]
+        around = dilate(region, ring) & (labels[box] == 0)
+        cut = flow[0, :, box[0], box[1]].numpy()
         motion = affine_motion(cut, around)
         remainder = torch.from_numpy(cut - motion)[None]
         inside = torch.from_numpy(region)[None, None]
         filled = _smooth(complete_flow(remainder, inside.float()), ring / 4) + torch.from_numpy(motion)[None]
-        target = flow[..., box[0], box[1]]
+        target = result[..., box[0], box[1]]
         target.copy_(torch.where(inside, filled, target))
-    return flow
+    return result
+
+
+def _ring(mask: np.ndarray) -> int:
+    """Width in pixels of the ring that the motion beside a hole is fitted to."""
+    return max(4, round(RING * min(mask.shape)))
 
 
 def affine_motion(flow: np.ndarray, around: np.ndarray, rounds: int = 8, floor: float = 0.1) -> np.ndarray:
