@@ -21,7 +21,7 @@ from gi_model.propagation import Propagator, VisibilityPolicy, engine  # noqa: E
 from gi_model.propagation.cuts import same_scene, thumbnail  # noqa: E402
 from gi_model.propagation.fusion import Fusion  # noqa: E402
 from gi_model.propagation.membrane import membrane  # noqa: E402
-from gi_model.propagation.sampling import Enlarger, regions  # noqa: E402
+from gi_model.propagation.sampling import Enlarger, bands, regions  # noqa: E402
 from gi_model.propagation.stages import Stages  # noqa: E402
 from gi_model.propagation.stream import Stream  # noqa: E402
 
@@ -243,7 +243,8 @@ def fused(truth, hole, ring, *colours) -> tuple[np.ndarray, np.ndarray]:
     everywhere = np.ones(hole.shape, bool)
     for colour in colours:
         gain, error = fusion.judge(colour[fusion.points], everywhere[fusion.points])
-        fusion.add(whole, colour * gain, hole.astype(np.float32), error, everywhere)
+        weight = hole.astype(np.float32)
+        fusion.add(whole, colour * gain, weight, fusion.share(weight, error), everywhere)
     return fusion.blend()
 
 
@@ -282,7 +283,8 @@ def test_noise_at_the_rim_is_not_smeared():
 def test_nothing_to_blend():
     truth, hole, ring = scene_with_hole()
     assert not fused(truth, hole, ring)[1].any()
-    assert Fusion(truth, hole, ring, 6).part(np.zeros(hole.shape, np.float32)) is None
+    nothing = np.zeros(hole.shape, np.float32)
+    assert not Fusion(truth, hole, ring, 6).share(nothing, nothing + 1).any()
 
 
 # Results
@@ -406,3 +408,16 @@ def test_whatever_comes_in(seed):
     for result, frame, mask in zip(results, frames, masks, strict=True):
         assert result.dtype == depth and np.array_equal(result[~mask], frame[~mask])
     assert propagator.masked == sum(m.sum() for m in masks) >= propagator.unseen
+
+
+def test_bands_are_narrow_and_cover_each_pixel_once():
+    mask = np.zeros((150, 200), np.uint8)
+    cv2.line(mask, (20, 10), (180, 140), 1, 8)
+    mask = mask > 0
+    count = np.zeros(mask.shape, int)
+    for box in bands(mask):
+        assert mask[box].any(axis=0)[[0, -1]].all() and mask[box].any(axis=1)[[0, -1]].all()
+        count[box] += 1
+    assert count.max() == 1 and (count[mask] == 1).all()
+    assert count.sum() < 0.4 * 160 * 130
+    assert not list(bands(np.zeros_like(mask)))

@@ -142,7 +142,8 @@ def rivals(*showings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndar
             everywhere = np.ones(hole.shape, bool)
             gain, error = ways[-1].judge(frame[ways[-1].points], everywhere[ways[-1].points])
             whole = slice(0, 60), slice(0, 90)
-            ways[-1].add(whole, frame * gain, hole.astype(np.float32), error, everywhere)
+            weight = hole.astype(np.float32)
+            ways[-1].add(whole, frame * gain, weight, ways[-1].share(weight, error), everywhere)
     colour, seen = settle(ways, ~hole)
     return np.where(hole[..., None], colour - truth, 0), hole, seen
 

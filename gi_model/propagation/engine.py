@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from gi_model.flow import DISFlow, FlowEstimator
 from gi_model.propagation.background import Background
@@ -19,6 +20,7 @@ from gi_model.propagation.rivals import Rival, settle
 from gi_model.propagation.sampling import (
     Box,
     Enlarger,
+    bands,
     bounding_box,
     from_levels,
     look_up,
@@ -357,9 +359,10 @@ def _add(
     distance: int = 0,
 ) -> None:
     """Add what an image shows of the hole where it is visible; the weight lies on the grid of the flow."""
+    flow = link.flow.contiguous(memory_format=torch.channels_last)  # as it is looked up, more than once
 
     def look(where: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        x, y = enlarger.positions(link.flow, where)
+        x, y = enlarger.positions(flow, where)
         return x, y, (look_up(visible, x, y, sharp=False) == 255) & enlarger.inside(x, y)
 
     weight = np.where(fusion.hole, enlarger.map(weight), 0)
@@ -367,13 +370,13 @@ def _add(
         return
     x, y, shown = look(fusion.points)
     gain, error = fusion.judge(to_levels(look_up(image, x, y)), shown)
-    part = fusion.part(weight / error)
-    if part is None:
-        return
-    x, y, shown = look(part)
-    if shown.any():
-        x, y = (np.where(shown, position, position[shown][0]) for position in (x, y))
-        fusion.add(part, sample_colour(image, x, y) * gain, weight[part], error[part], shown, distance)
+    share = fusion.share(weight, error)
+    for part in bands(share > 0):
+        x, y, shown = look(part)
+        shown &= share[part] > 0
+        if shown.any():
+            x, y = (np.where(shown, position, position[shown][0]) for position in (x, y))
+            fusion.add(part, sample_colour(image, x, y) * gain, weight[part], share[part], shown, distance)
 
 
 def _put(fusion: Fusion, image: np.ndarray, finished: Sequence[tuple[np.ndarray, int]] = ()) -> None:

@@ -132,34 +132,35 @@ class Fusion:
         height, width = self.hole.shape
         return cv2.resize(mean, size, interpolation=cv2.INTER_LINEAR)[:height, :width]
 
-    def part(self, weight: np.ndarray) -> Box | None:
-        """The box that a frame with these weights ``[h,w]`` has a share in; None if it has none."""
-        return bounding_box(weight > 0, RIM) if (weight > 0).any() else None
+    def share(self, weight: np.ndarray, error: np.ndarray) -> np.ndarray:
+        """How much a frame with a weight and error ``[h,w]`` float32 counts in the blend, ``[h,w]`` float32.
+
+        Beside the hole as much as at the nearest of its pixels, so that a step at the rim is that of the
+        frames that fill the hole there.
+        """
+        return self._extended(weight / error)
 
     def add(
         self,
         part: Box,
         colour: np.ndarray,
         weight: np.ndarray,
-        error: np.ndarray,
+        share: np.ndarray,
         shown: np.ndarray,
         distance: int = 0,
     ) -> None:
-        """Add colours of a part: ``[h,w,3]`` float32, weight and error ``[h,w]`` float32, ``[h,w]`` bool.
-
-        Beside the hole they count as much as at the nearest of its pixels, so that a step at the rim is
-        that of the frames that fill the hole there.
+        """Add colours of a part: ``[h,w,3]`` float32, weight and share ``[h,w]`` float32, ``[h,w]`` bool.
 
         Args:
             distance: frames from this one to theirs, negative before it.
         """
         side = self.sides[-1 if distance > 0 else 0]
-        weight = self._extended(part, weight / error) * shown
-        side.total[part] += weight[..., None] * colour
-        side.weight[part] += weight
+        share = share * shown
+        side.total[part] += share[..., None] * colour
+        side.weight[part] += share
         if self.lasting is not None:
             vote = np.float32(1 / (1 + (distance / PASSING) ** 2))
-            np.maximum(side.vote[part], vote * (weight > 0), out=side.vote[part])
+            np.maximum(side.vote[part], vote * (share > 0), out=side.vote[part])
 
     def add_lasting(self, colour: np.ndarray, shown: np.ndarray) -> None:
         """Say first of all what lasts behind all that passes, where a standing camera makes that known.
@@ -174,9 +175,8 @@ class Fusion:
         points = tuple(axis[shown[self.points]] for axis in self.points)
         if len(points[0]) >= FEWEST:
             colour = colour * _gain(colour[points], self.image[points])
-        everywhere = slice(None), slice(None)
         kept = self.hole & ~self._contradicted(colour, shown) if self.depth <= self.cell else self.hole
-        weight = self._extended(everywhere, kept.astype(np.float32)) * shown
+        weight = self._extended(kept.astype(np.float32)) * shown
         self.lasting = Showing(weight[..., None] * colour, weight, np.float32(LASTING) * weight)
         self.sides.append(self._nothing())
 
@@ -188,10 +188,10 @@ class Fusion:
         share, error = (cv2.GaussianBlur(self._shrunk(v), (0, 0), deviation) for v in (rim, error))
         return self._enlarged((share > BEYOND) & (error > APART**2 * share)) > 0
 
-    def _extended(self, part: Box, weight: np.ndarray) -> np.ndarray:
+    def _extended(self, weight: np.ndarray) -> np.ndarray:
         """Weights in the hole, and on the rim as much as at the nearest of its pixels."""
         beside = cv2.dilate(weight, np.ones((2 * RIM + 1, 2 * RIM + 1), np.uint8))
-        return np.where(self.hole[part], weight, np.where(self.rim[part], beside, 0))
+        return np.where(self.hole, weight, np.where(self.rim, beside, 0))
 
     @property
     def covered(self) -> np.ndarray:

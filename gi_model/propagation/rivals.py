@@ -32,13 +32,13 @@ class Rival(Fusion):
         part: Box,
         colour: np.ndarray,
         weight: np.ndarray,
-        error: np.ndarray,
+        share: np.ndarray,
         shown: np.ndarray,
         distance: int = 0,
     ) -> None:
         """As for a fusion."""
-        super().add(part, colour, weight, error, shown, distance)
-        share = weight / error * shown
+        super().add(part, colour, weight, share, shown, distance)
+        share = share * (shown & self.hole[part])
         self.power[part] += share**2
         self.square[part] += share * (colour**2).mean(axis=2)
         self.judged[part] += np.where(share > 0, weight, 0)  # that is the share times the error

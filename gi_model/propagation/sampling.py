@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -14,6 +14,8 @@ from gi_kernels import flow_warp
 
 # Positions between two pixels that OpenCV tells apart.
 STEPS = 32
+# Rows of a band: few enough that what is sampled for it stays in the processor's caches.
+BAND = 32
 
 Box = tuple[slice, slice]  # rows, columns
 
@@ -53,6 +55,18 @@ def regions(mask: np.ndarray, margin: int) -> list[tuple[Box, np.ndarray]]:
         box = rows, columns
         found.append((box, mask[box] & (labels[box] == label)))
     return found
+
+
+def bands(mask: np.ndarray) -> Iterator[Box]:
+    """Boxes that cover the true pixels of ``mask`` [H,W], each of a few rows, as narrow as these allow.
+
+    Together they are little larger than what is true, also where it is long, thin and slanting.
+    """
+    for top in range(0, len(mask), BAND):
+        part = mask[top : top + BAND]
+        if part.any():
+            rows, columns = bounding_box(part)
+            yield slice(top + rows.start, top + rows.stop), columns
 
 
 def sample_maps(maps: Sequence[torch.Tensor], flow: torch.Tensor, box: Box) -> torch.Tensor:
