@@ -34,13 +34,13 @@ def _solve(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     half = _halved(np.pad(values, [*even, (0, 0)])) / np.maximum(share, 1e-6)[..., None]
     coarse = _solve(half * (share > 0)[..., None], (share > 0).astype(np.float32))
     size = coarse.shape[1] * 2, coarse.shape[0] * 2
-    guess = cv2.resize(coarse, size, interpolation=cv2.INTER_LINEAR)[:height, :width].reshape(values.shape)
-    fixed = known[..., None] > 0
-    out = np.where(fixed, values, guess)
+    guess = cv2.resize(coarse, size, interpolation=cv2.INTER_LINEAR)
+    guess = np.ascontiguousarray(guess[:height, :width])
+    fixed = (known > 0).view(np.uint8)
+    out = cv2.copyTo(values, fixed, guess)
     for _ in range(SWEEPS):
-        around = cv2.filter2D(out, -1, CROSS, borderType=cv2.BORDER_REPLICATE).reshape(values.shape)
-        out = np.where(fixed, values, around)
-    return out
+        out = cv2.copyTo(values, fixed, cv2.filter2D(out, -1, CROSS, borderType=cv2.BORDER_REPLICATE))
+    return out.reshape(values.shape)
 
 
 def _halved(values: np.ndarray) -> np.ndarray:
