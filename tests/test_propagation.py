@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -119,6 +121,32 @@ def test_stages():
     assert {"read", "prepare", "flow", "chains", "fusion", "fill"} <= set(propagator.stages)
     assert all(seconds >= 0 for seconds in propagator.stages.values())
     assert propagator.stages["flow"] > propagator.stages["read"]
+
+
+def test_threads_change_nothing(monkeypatch):
+    frames, masks = zoom(), box_masks()
+    results = []
+    for threads in (1, 4):
+        monkeypatch.setattr(engine, "DRAFTED", threads)
+        results.append(list(Propagator().run(blank(frames, masks), masks)))
+    assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_stages_of_threads_are_apart():
+    stages, both = Stages(), threading.Barrier(2)
+
+    def work(name: str) -> None:
+        with stages.timed(name):
+            both.wait()
+            time.sleep(0.05)
+            both.wait()
+
+    threads = [threading.Thread(target=work, args=name) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(stages) == {"a", "b"} and min(stages.values()) >= 0.05
 
 
 def test_a_stage_within_another_is_counted_once():

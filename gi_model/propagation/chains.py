@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,8 +67,8 @@ class Link:
 class Chains:
     """Flows between the frames of a stream, and their compositions.
 
-    Flows are estimated by a thread of their own, one after the other, while others are made use of. To be
-    used in a ``with`` block, which ends the thread.
+    Flows are estimated by a thread of their own, one after the other, while others are made use of. Several
+    threads may follow chains. To be used in a ``with`` block, which ends the thread.
     """
 
     def __init__(self, stream: Stream, estimator: FlowEstimator, stages: Stages) -> None:
@@ -75,6 +76,7 @@ class Chains:
         self._estimator = estimator
         self._stages = stages
         self._thread = ThreadPoolExecutor(1)
+        self._lock = threading.Lock()  # flows between neighbours are asked for once
 
     def __enter__(self) -> Chains:
         return self
@@ -89,8 +91,8 @@ class Chains:
         for index in indices:
             if self.stream.same_scene(index, index + 1):
                 first, second = self.stream[index], self.stream[index + 1]
-                if first.flows is None and (first.mask.any() or second.mask.any()):
-                    first.flows = self._submit("flow", first, second)
+                if first.mask.any() or second.mask.any():
+                    self._neighbours(first, second)
 
     def passed(self, target: int, box: Box, hole: np.ndarray) -> bool:
         """Whether what is beside ``hole`` ``[h,w]`` and may reach into it moves otherwise than the scene."""
@@ -163,12 +165,18 @@ class Chains:
         if abs(index - other) > 1:
             flows = self._submit("direct flow", first, second)
         else:
-            flows = first.flows = first.flows or self._submit("flow", first, second)
+            flows = self._neighbours(first, second)
         with self._stages.timed("wait for flow"):
             found = flows.result()
         if beside:
             found = found.beside or found
         return found.forward if other > index else found.backward
+
+    def _neighbours(self, first: Frame, second: Frame) -> Future[Flows]:
+        with self._lock:
+            if first.flows is None:
+                first.flows = self._submit("flow", first, second)
+            return first.flows
 
     def _submit(self, stage: str, first: Frame, second: Frame) -> Future[Flows]:
         images, masks = (first.small, second.small), (first.small_mask, second.small_mask)

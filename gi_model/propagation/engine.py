@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ RING = 0.04
 ENOUGH = 4
 # Pixels of a hole by which the policy chooses.
 SAMPLED = 1000
+# Frames at once for which others are searched, each by a thread: as much memory again each.
+DRAFTED = 2
 # Share of a hole that broken chains must lose before flow is estimated directly.
 LOST = 0.1
 
@@ -149,11 +152,11 @@ class Propagator:
         stream = Stream(self.stages.iterate("read", with_masks(frames, masks)), self.flow_side)
         results: dict[int, np.ndarray] = {}  # of the block, and the last one before it
         background = Background()
-        with Chains(stream, self.estimator, self.stages) as chains:
+        with Chains(stream, self.estimator, self.stages) as chains, ThreadPoolExecutor(DRAFTED) as pool:
             for block in self._blocks(stream):
                 with self.stages.timed("background"):
                     background.watch(stream, block.start, block.stop + self.radius)
-                self._repair(chains, background, block, results, finished)
+                self._repair(chains, pool, background, block, results, finished)
                 for index in block:
                     yield results[index]
                 results = {block[-1]: results[block[-1]]}
@@ -184,6 +187,7 @@ class Propagator:
     def _repair(
         self,
         chains: Chains,
+        pool: ThreadPoolExecutor,
         background: Background,
         block: range,
         results: dict[int, np.ndarray],
@@ -201,7 +205,7 @@ class Propagator:
         with self.stages.timed("background"):
             holes = np.any([chains.stream[index].mask for index in block], axis=0)
             scenery = background.picture(block.start, dilate(holes, _ring(holes))) if holes.any() else None
-        drafts = [self._draft(chains, index, scenery) for index in block]
+        drafts = list(pool.map(lambda index: self._draft(chains, index, scenery), block))
         for place in self.policy.order([draft.uncovered for draft in drafts]):
             index, draft = block[place], drafts[place]
             if index in known:

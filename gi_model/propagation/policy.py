@@ -30,7 +30,7 @@ class Policy(Protocol):
         ...
 
     def references(self, target: int, shown: Mapping[int, np.ndarray]) -> list[int]:
-        """Frames from which ``target`` is filled, the best first.
+        """Frames from which ``target`` is filled, the best first. It may be asked by several threads at once.
 
         Args:
             shown: for every frame that can be reached, how well it shows each pixel of the target's

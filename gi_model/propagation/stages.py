@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,24 +14,24 @@ T = TypeVar("T")
 class Stages(dict[str, float]):
     """Seconds by stage; a stage within another is not counted as part of it.
 
-    What another thread adds runs beside the rest: then the sum may exceed the time that has passed.
+    Threads run beside each other: with several the sum may exceed the time that has passed.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._open: list[str] = []
-        self._since = 0.0
+        self._lock = threading.Lock()
+        self._thread = _Thread()
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Count the time inside the ``with`` block as that stage's."""
         self._charge()
-        self._open.append(name)
+        self._thread.open.append(name)
         try:
             yield
         finally:
             self._charge()
-            self._open.pop()
+            self._thread.open.pop()
 
     def iterate(self, name: str, items: Iterable[T]) -> Iterator[T]:
         """``items``, with the time it takes to get each counted as that stage's."""
@@ -44,11 +45,20 @@ class Stages(dict[str, float]):
             yield item
 
     def add(self, name: str, seconds: float) -> None:
-        """Count seconds that were measured otherwise; each stage from one thread only."""
-        self[name] = self.get(name, 0.0) + seconds
+        """Count seconds that were measured otherwise."""
+        with self._lock:
+            self[name] = self.get(name, 0.0) + seconds
 
     def _charge(self) -> None:
         now = time.perf_counter()
-        if self._open:
-            self.add(self._open[-1], now - self._since)
-        self._since = now
+        if self._thread.open:
+            self.add(self._thread.open[-1], now - self._thread.since)
+        self._thread.since = now
+
+
+class _Thread(threading.local):
+    """The stages that a thread is in, and since when it has not been charged."""
+
+    def __init__(self) -> None:
+        self.open: list[str] = []
+        self.since = 0.0
