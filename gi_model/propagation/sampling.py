@@ -104,8 +104,11 @@ def _reach(flow: torch.Tensor, box: Box, height: int, width: int) -> tuple[Box, 
 def _reach_along(component: torch.Tensor, side: slice, length: int, axis: int) -> tuple[slice, int]:
     here = torch.arange(side.start, side.stop)
     position = component + (here[:, None] if axis == 0 else here)
-    position = position[torch.isfinite(position)].clamp(0, length - 1)
-    low, high = (int(position.min()), int(position.max())) if position.numel() else (0, 0)
+    ends = torch.stack(position.aminmax())  # one of them is not finite where any position is not
+    if not ends.isfinite().all():
+        position = position[position.isfinite()]
+        ends = torch.stack(position.aminmax()) if position.numel() else torch.zeros(2)
+    low, high = (int(end) for end in ends.clamp(0, length - 1))
     reach = slice(low, min(length, high + 2))
     return reach, side.start - reach.start
 
@@ -139,7 +142,7 @@ def _enlarge(image: np.ndarray) -> np.ndarray:
         else:
             grown[:, even], grown[:, odd] = out, between[:, :-1]
         out = grown
-    return np.clip(out, 0, 255)
+    return np.clip(out, 0, 255, out=out)
 
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
