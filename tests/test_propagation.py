@@ -17,9 +17,11 @@ pytest.importorskip("av", reason="the [video] extra is not installed")
 
 from test_propagate import COUNT, H, W, blank, box_masks, pan, plane, zoom  # noqa: E402
 
+from gi_model.flow.dis import DISFlow  # noqa: E402
 from gi_model.inpainting import inpaint_frame  # noqa: E402
 from gi_model.metrics import MaskedQuality  # noqa: E402
 from gi_model.propagation import Propagator, VisibilityPolicy, engine  # noqa: E402
+from gi_model.propagation.chains import Chains  # noqa: E402
 from gi_model.propagation.cuts import same_scene, thumbnail  # noqa: E402
 from gi_model.propagation.fusion import Fusion  # noqa: E402
 from gi_model.propagation.membrane import membrane  # noqa: E402
@@ -239,6 +241,20 @@ def test_flow_goes_around_a_frame_that_breaks_the_chain():
     propagator = Propagator()
     results = list(propagator.run(blank(broken, masks), masks))
     assert psnr(results[:2], frames[:2], masks[:2]) > 25
+
+
+def test_links_are_the_same_whether_flows_were_at_hand_or_not():
+    frames, masks = zoom(), box_masks()
+    stream = Stream(zip(frames, masks, strict=True), 320)
+    stream.read(COUNT)
+    box, hole = next(iter(regions(masks[0], 4)))
+    with Chains(stream, DISFlow(), Stages()) as chains:
+        asked, again = (chains.follow(0, box, hole, 1, 5, 6) for _ in range(2))
+    assert len(asked) == len(again) == 5
+    for first, second in zip(asked, again, strict=True):
+        assert torch.equal(first.flow, second.flow)
+        for name in ("error", "shown", "nearness"):
+            assert np.array_equal(getattr(first, name), getattr(second, name)), name
 
 
 # Blending

@@ -127,13 +127,17 @@ class Chains:
         seen = np.zeros(hole.shape, np.int32)
         since = np.full(hole.shape, -1, np.int32)  # frames since a pixel was seen first
         links: list[Link] = []
+        onward: torch.Tensor | None = None
+        last = target + step * (reach - 1)
         for index in range(target, target + step * reach, step):
             here = hole & np.isfinite(error[0, 0].numpy())
             if not (here & (seen < enough)).any() or not self.stream.same_scene(index, index + step):
                 break
-            onward = sample_maps([self._between(index, index + step, beside)], flow, box)
+            if onward is None:
+                onward = sample_maps([self._between(index, index + step, beside)], flow, box)
             flow, error = flow + onward[:, :2], error + onward[:, 2:]
-            link = self._link(index + step, flow, error, box)
+            ahead = None if index == last else self._at_hand(index + step, index + 2 * step, beside)
+            link, onward = self._link(index + step, flow, error, box, ahead)
             error = torch.from_numpy(link.error)[None, None]
             since[since >= 0] += 1
             since[(since < 0) & link.shown & link.whole] = 0
@@ -145,19 +149,23 @@ class Chains:
     def direct(self, target: int, box: Box, other: int) -> Link:
         """A link to ``other`` by flow between the two frames alone."""
         flow, error = self._between(target, other)[..., box[0], box[1]].float().split([2, 1], dim=1)
-        return self._link(other, flow, error, box)
+        return self._link(other, flow, error, box)[0]
 
-    def _link(self, index: int, flow: torch.Tensor, error: torch.Tensor, box: Box) -> Link:
+    def _link(
+        self, index: int, flow: torch.Tensor, error: torch.Tensor, box: Box, ahead: torch.Tensor | None = None
+    ) -> tuple[Link, torch.Tensor | None]:
+        """A link to the frame ``index``, and samples of the maps ``ahead`` that lie on its grid, if any."""
         height, width = self.stream[index].small_mask.shape
         x = torch.arange(box[1].start, box[1].stop) + flow[:, :1]
         y = torch.arange(box[0].start, box[0].stop)[:, None] + flow[:, 1:]
         inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)  # NaN is not
         # No mixtures of visible and hidden pixels.
-        shown = inside & (sample_maps([self.stream[index].small_visible], flow, box) > 0.999)
+        maps = [self.stream[index].small_visible] + ([] if ahead is None else [ahead])
+        sampled = sample_maps(maps, flow, box)
+        shown = (inside & (sampled[:, :1] > 0.999))[0, 0].numpy()
         error = torch.where(inside & ~error.isnan(), error, torch.inf)
-        return Link(
-            index, flow, error[0, 0].numpy(), shown[0, 0].numpy(), np.ones(shown.shape[2:], np.float32)
-        )
+        link = Link(index, flow, error[0, 0].numpy(), shown, np.ones(shown.shape, np.float32))
+        return link, None if ahead is None else sampled[:, 1:]
 
     def _between(self, index: int, other: int, beside: bool = False) -> torch.Tensor:
         """Flow and error ``[1,3,h,w]`` from a frame to another; those between neighbours are kept."""
@@ -171,6 +179,11 @@ class Chains:
         if beside:
             found = found.beside or found
         return found.forward if other > index else found.backward
+
+    def _at_hand(self, index: int, other: int, beside: bool) -> torch.Tensor | None:
+        """Flow and error between neighbours if they have been estimated: none are asked for or waited for."""
+        flows = self.stream[min(index, other)].flows if self.stream.same_scene(index, other) else None
+        return self._between(index, other, beside) if flows is not None and flows.done() else None
 
     def _neighbours(self, first: Frame, second: Frame) -> Future[Flows]:
         with self._lock:
