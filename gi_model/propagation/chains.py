@@ -126,6 +126,7 @@ class Chains:
         error = torch.zeros(1, 1, *hole.shape)
         seen = np.zeros(hole.shape, np.int32)
         since = np.full(hole.shape, -1, np.int32)  # frames since a pixel was seen first
+        nearness = 1 / (1 + (np.arange(reach + 1) / NEARNESS) ** 2)
         links: list[Link] = []
         onward: torch.Tensor | None = None
         last = target + step * (reach - 1)
@@ -135,14 +136,18 @@ class Chains:
                 break
             if onward is None:
                 onward = sample_maps([self._between(index, index + step, beside)], flow, box)
-            flow, error = flow + onward[:, :2], error + onward[:, 2:]
+            flow, error = (
+                torch.from_numpy(total.numpy() + more.numpy())
+                for total, more in ((flow, onward[:, :2]), (error, onward[:, 2:]))
+            )
             ahead = None if index == last else self._at_hand(index + step, index + 2 * step, beside)
             link, onward = self._link(index + step, flow, error, box, ahead)
             error = torch.from_numpy(link.error)[None, None]
-            since[since >= 0] += 1
-            since[(since < 0) & link.shown & link.whole] = 0
-            link.nearness = 1 / (1 + (since.clip(min=0) / NEARNESS) ** 2)
-            seen += link.shown & link.whole
+            shows = link.shown & link.whole
+            since += since >= 0
+            since += (since < 0) & shows
+            link.nearness = nearness.take(since, mode="clip")  # 1 where none has shown it
+            seen += shows
             links.append(link)
         return links
 
@@ -156,15 +161,16 @@ class Chains:
     ) -> tuple[Link, torch.Tensor | None]:
         """A link to the frame ``index``, and samples of the maps ``ahead`` that lie on its grid, if any."""
         height, width = self.stream[index].small_mask.shape
-        x = torch.arange(box[1].start, box[1].stop) + flow[:, :1]
-        y = torch.arange(box[0].start, box[0].stop)[:, None] + flow[:, 1:]
+        columns, rows = (np.arange(side.start, side.stop, dtype=np.float32) for side in box[::-1])
+        x, y = columns + flow[0, 0].numpy(), rows[:, None] + flow[0, 1].numpy()
         inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)  # NaN is not
         # No mixtures of visible and hidden pixels.
         maps = [self.stream[index].small_visible] + ([] if ahead is None else [ahead])
         sampled = sample_maps(maps, flow, box)
-        shown = (inside & (sampled[:, :1] > 0.999))[0, 0].numpy()
-        error = torch.where(inside & ~error.isnan(), error, torch.inf)
-        link = Link(index, flow, error[0, 0].numpy(), shown, np.ones(shown.shape, np.float32))
+        shown = inside & (sampled[0, 0].numpy() > 0.999)
+        missed = error[0, 0].numpy()
+        missed = np.where(inside & ~np.isnan(missed), missed, np.float32(np.inf))
+        link = Link(index, flow, missed, shown, np.ones(shown.shape, np.float32))
         return link, None if ahead is None else sampled[:, 1:]
 
     def _between(self, index: int, other: int, beside: bool = False) -> torch.Tensor:

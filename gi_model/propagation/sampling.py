@@ -8,7 +8,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from gi_kernels import flow_warp
 
@@ -74,9 +73,18 @@ def sample_maps(maps: Sequence[torch.Tensor], flow: torch.Tensor, box: Box) -> t
 
     Zero outside the frame and where the flow [1,2,h,w] is not finite.
     """
-    reach, moved = _reach(flow, box, maps[0].shape[2], maps[0].shape[3])
-    cut = torch.cat([m[..., reach[0], reach[1]].float() for m in maps], dim=1)
-    return _warp(cut, moved)
+    (rows, columns), shift = _reach(flow, box, maps[0].shape[2], maps[0].shape[3])
+    a, b = rows.stop - rows.start, columns.stop - columns.start
+    h, w = flow.shape[2:]
+    # The operator has outputs of its input's size: both are padded to the larger one.
+    height, width = max(a, h), max(b, w)
+    channels = [m.shape[1] for m in maps]
+    cut = torch.zeros(1, sum(channels), height, width)
+    for target, m in zip(cut.split(channels, dim=1), maps, strict=True):
+        target[..., :a, :b] = m[..., rows, columns]
+    moved = torch.zeros(1, 2, height, width)
+    np.add(flow[0].numpy(), shift, out=moved[0, :, :h, :w].numpy())
+    return flow_warp(cut, moved)[..., :h, :w]
 
 
 def sample_colour(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -94,35 +102,23 @@ def sample_colour(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
     return cv2.remap(enlarged, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def _reach(flow: torch.Tensor, box: Box, height: int, width: int) -> tuple[Box, torch.Tensor]:
-    """The box that the samples touch, and the flow as seen from its corner."""
-    rows, top = _reach_along(flow[0, 1], box[0], height, axis=0)
-    columns, left = _reach_along(flow[0, 0], box[1], width, axis=1)
-    return (rows, columns), flow + torch.tensor([left, top], dtype=flow.dtype)[:, None, None]
+def _reach(flow: torch.Tensor, box: Box, height: int, width: int) -> tuple[Box, np.ndarray]:
+    """The box that the samples touch, and what to add to the flow ``[2,1,1]`` as seen from its corner."""
+    rows, top = _reach_along(flow[0, 1].numpy(), box[0], height, axis=0)
+    columns, left = _reach_along(flow[0, 0].numpy(), box[1], width, axis=1)
+    return (rows, columns), np.array([left, top], np.float32)[:, None, None]
 
 
-def _reach_along(component: torch.Tensor, side: slice, length: int, axis: int) -> tuple[slice, int]:
-    here = torch.arange(side.start, side.stop)
+def _reach_along(component: np.ndarray, side: slice, length: int, axis: int) -> tuple[slice, int]:
+    here = np.arange(side.start, side.stop, dtype=np.float32)
     position = component + (here[:, None] if axis == 0 else here)
-    ends = torch.stack(position.aminmax())  # one of them is not finite where any position is not
-    if not ends.isfinite().all():
-        position = position[position.isfinite()]
-        ends = torch.stack(position.aminmax()) if position.numel() else torch.zeros(2)
-    low, high = (int(end) for end in ends.clamp(0, length - 1))
+    ends = position.min(), position.max()  # one of them is not finite where any position is not
+    if not np.isfinite(ends).all():
+        position = position[np.isfinite(position)]
+        ends = (position.min(), position.max()) if position.size else (0, 0)
+    low, high = (int(end) for end in np.clip(ends, 0, length - 1))
     reach = slice(low, min(length, high + 2))
     return reach, side.start - reach.start
-
-
-def _warp(cut: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-    """Samples of ``cut`` [1,C,a,b] at ``p + flow(p)`` for the grid of ``flow`` [1,2,h,w].
-
-    ``flow_warp`` has outputs of its input's size: both are padded to the larger one.
-    """
-    a, b = cut.shape[2:]
-    h, w = flow.shape[2:]
-    height, width = max(a, h), max(b, w)
-    cut = F.pad(cut, (0, width - b, 0, height - a))
-    return flow_warp(cut, F.pad(flow, (0, width - w, 0, height - h)))[..., :h, :w]
 
 
 def _enlarge(image: np.ndarray) -> np.ndarray:
