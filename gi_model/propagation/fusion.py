@@ -106,7 +106,7 @@ class Fusion:
             return np.ones(3, np.float32), np.full(self.hole.shape, UNKNOWN**2, np.float32)
         truth, colour = self.truth[shown], colour[shown]
         gain = _gain(colour, truth)
-        error = self._nearby(((colour * gain - truth) ** 2).mean(axis=1), shown)
+        error = self._nearby(mean_square(colour * gain - truth), shown)
         return gain, np.where(error > np.maximum(self.contrast, UNKNOWN**2), np.inf, NOISE**2 + error)
 
     def _contrast(self, ring: np.ndarray) -> np.ndarray:
@@ -115,7 +115,7 @@ class Fusion:
         size = 2 * half + 1, 2 * half + 1
         share = cv2.blur(ring.astype(np.float32), size)[self.points][:, None]
         smooth = cv2.blur(self.image * ring[..., None], size)[self.points] / np.maximum(share, 1e-6)
-        return self._nearby(((self.truth - smooth) ** 2).mean(axis=1), np.ones(len(self.truth), bool))
+        return self._nearby(mean_square(self.truth - smooth), np.ones(len(self.truth), bool))
 
     def _nearby(self, values: np.ndarray, shown: np.ndarray) -> np.ndarray:
         """Means ``[h,w]`` of values ``[N]`` at the points that are ``shown`` ``[N]``, around every pixel."""
@@ -183,7 +183,7 @@ class Fusion:
     def _contradicted(self, colour: np.ndarray, shown: np.ndarray) -> np.ndarray:
         """``[h,w]`` bool: near parts of the rim where a picture ``[h,w,3]`` is ``shown`` that differs."""
         rim = (self.rim & shown).astype(np.float32)
-        error = ((self.image - colour) ** 2).mean(axis=2) * rim
+        error = mean_square(self.image - colour) * rim
         deviation = NEARBY * self.cell * self.size[0] / self.hole.shape[1]
         share, error = (cv2.GaussianBlur(self._shrunk(v), (0, 0), deviation) for v in (rim, error))
         return self._enlarged((share > BEYOND) & (error > APART**2 * share)) > 0
@@ -304,6 +304,12 @@ def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return cv2.inRange(cv2.absdiff(a, b), (0.0,) * 3, (APART,) * 3) > 0
 
 
+def mean_square(colour: np.ndarray) -> np.ndarray:
+    """Over the channels of ``[...,3]`` float32; NumPy's mean over so short an axis takes long."""
+    square = colour * colour
+    return (square[..., 0] + square[..., 1] + square[..., 2]) / np.float32(3)
+
+
 def _gain(colour: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Gain per channel ``[3]`` that takes colours ``[N,3]`` to the true ones, whatever has moved."""
     gain = np.ones(3, np.float32)
@@ -323,7 +329,7 @@ def rim_correction(image: np.ndarray, filled: np.ndarray, rim: np.ndarray, hole:
     if not rim.any() or not hole.any():
         return np.zeros_like(filled)
     difference = np.where(rim[..., None], image - filled, 0).astype(np.float32)
-    size = np.sqrt((difference**2).mean(axis=2))
+    size = np.sqrt(mean_square(difference))
     weight = np.where(rim, 1 / (1 + (size / RIM_STEP) ** 2), 0).astype(np.float32)
     share = cv2.GaussianBlur(weight, (0, 0), RIM)
     smooth = (

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from gi_model.propagation.edges import continue_edges
-from gi_model.propagation.fusion import NOISE, Fusion
+from gi_model.propagation.fusion import NOISE, Fusion, mean_square
 from gi_model.propagation.sampling import Box
 
 # How much worse a mean of frames is than their differences tell, and the deviation in pixels of the window
@@ -40,7 +40,7 @@ class Rival(Fusion):
         super().add(part, colour, weight, share, shown, distance)
         share = share * (shown & self.hole[part])
         self.power[part] += share**2
-        self.square[part] += share * (colour**2).mean(axis=2)
+        self.square[part] += share * mean_square(colour)
         self.judged[part] += np.where(share > 0, weight, 0)  # that is the share times the error
 
     def error(self) -> np.ndarray:
@@ -49,7 +49,7 @@ class Rival(Fusion):
         seen = self.hole & (side.weight > 0)
         weight = np.where(seen, side.weight, 1)
         mean = side.total / weight[..., None]
-        variance = (self.square / weight - (mean**2).mean(axis=2)).clip(0) * seen
+        variance = (self.square / weight - mean_square(mean)).clip(0) * seen
         apart = (1 - self.power / weight**2) * seen  # none where a single frame shows it
         variance, apart = (cv2.GaussianBlur(v, (0, 0), SPREAD) for v in (variance, apart))
         return NOISE**2 + self.judged / weight + SHARED * variance / np.maximum(apart, FEW)
