@@ -305,6 +305,20 @@ def test_command_scores_against_the_truth(clip, capsys):
     assert math.isclose(quality.psnr, float(found[1]), abs_tol=0.006)
 
 
+def test_peak_memory_is_of_this_process_alone():
+    """Not of the one that has started it, which may have been larger."""
+    script = """if True:
+        import subprocess, sys
+        large = bytearray(2**31)
+        for place in range(0, len(large), 4096):
+            large[place] = 1
+        code = "from gi_model.commands.propagate import peak_memory; print(peak_memory())"
+        print(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    """
+    said = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert 50 < float(said) < 1500
+
+
 def test_command_reads_videos(clip, capsys):
     """Frames and masks from Matroska files, whose headers do not give their length."""
     frames, masks, folder = clip

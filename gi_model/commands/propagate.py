@@ -10,6 +10,7 @@ With --keyframe, what was changed in one or more frames follows the scene to all
 from __future__ import annotations
 
 import argparse
+import re
 import resource
 import sys
 import time
@@ -404,7 +405,17 @@ def _report(
     if masked:
         share = "edited with confidence" if edited else "seen by other frames"
         parts.append(f"{share}: {1 - unseen / masked:.1%}")
-    # Kilobytes, but bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    parts += [f"{outputs.count / seconds:.2f} frames per second", f"peak memory {peak:.0f} MiB"]
+    parts += [f"{outputs.count / seconds:.2f} frames per second", f"peak memory {peak_memory():.0f} MiB"]
     print("; ".join(parts))
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage counts what the parent held when it started this process.
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) / 2**10
+    # Kilobytes, but bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
