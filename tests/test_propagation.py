@@ -23,7 +23,7 @@ from gi_model.metrics import MaskedQuality  # noqa: E402
 from gi_model.propagation import Propagator, VisibilityPolicy, engine  # noqa: E402
 from gi_model.propagation.chains import Chains  # noqa: E402
 from gi_model.propagation.cuts import same_scene, thumbnail  # noqa: E402
-from gi_model.propagation.fusion import Fusion  # noqa: E402
+from gi_model.propagation.fusion import Fusion, Sample  # noqa: E402
 from gi_model.propagation.membrane import membrane  # noqa: E402
 from gi_model.propagation.sampling import Enlarger, bands, regions  # noqa: E402
 from gi_model.propagation.stages import Stages  # noqa: E402
@@ -288,7 +288,7 @@ def fused(truth, hole, ring, *colours) -> tuple[np.ndarray, np.ndarray]:
     for colour in colours:
         gain, error = fusion.judge(colour[fusion.points], everywhere[fusion.points])
         weight = hole.astype(np.float32)
-        fusion.add(whole, colour * gain, weight, fusion.share(weight, error), everywhere)
+        fusion.add(Sample(whole, colour * gain, weight, fusion.share(weight, error), everywhere))
     return fusion.blend()
 
 

@@ -16,7 +16,7 @@ from gi_model.metrics import MaskedQuality  # noqa: E402
 from gi_model.propagation import Propagator  # noqa: E402
 from gi_model.propagation.chains import Chains  # noqa: E402
 from gi_model.propagation.edges import continue_edges  # noqa: E402
-from gi_model.propagation.fusion import fill_along_edges  # noqa: E402
+from gi_model.propagation.fusion import Sample, fill_along_edges  # noqa: E402
 from gi_model.propagation.membrane import membrane  # noqa: E402
 from gi_model.propagation.neighbours import connect  # noqa: E402
 from gi_model.propagation.rivals import Rival, settle  # noqa: E402
@@ -143,7 +143,8 @@ def rivals(*showings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndar
             gain, error = ways[-1].judge(frame[ways[-1].points], everywhere[ways[-1].points])
             whole = slice(0, 60), slice(0, 90)
             weight = hole.astype(np.float32)
-            ways[-1].add(whole, frame * gain, weight, ways[-1].share(weight, error), everywhere)
+            share = ways[-1].share(weight, error)
+            ways[-1].add(Sample(whole, frame * gain, weight, share, everywhere))
     colour, seen = settle(ways, ~hole)
     return np.where(hole[..., None], colour - truth, 0), hole, seen
 

@@ -10,16 +10,16 @@ import torch
 
 from gi_model.flow import DISFlow
 from gi_model.propagation.fusion import APART
-from gi_model.propagation.neighbours import affine_motion
+from gi_model.propagation.neighbours import camera_motion
 from gi_model.propagation.sampling import shrink, to_bytes
 from gi_model.propagation.stream import Frame, Stream
 
 # Every so many frames one is looked at, and so many of the last visible colours of a pixel are kept: what
 # stands at a place for less than half of them is no background. Fewer than the least tell nothing.
 EVERY, KEPT, LEAST = 4, 12, 3
-# Motion of the camera, in pixels of the flow's grid at its corners, below which it stands, the deviation from
-# it below which all pixels count alike, and the shorter side at which it is measured.
-RESTING, FLOOR, SIDE = 0.3, 0.03, 80
+# Motion of the camera, in pixels of the flow's grid at its corners, below which it stands, and the shorter
+# side at which it is measured.
+RESTING, SIDE = 0.3, 80
 
 
 class Background:
@@ -114,5 +114,4 @@ def rests(estimator: DISFlow, first: Frame, second: Frame) -> bool:
     pair = small.permute(0, 3, 1, 2).contiguous()
     hidden = shrink((first.small_mask | second.small_mask).astype(np.float32), SIDE) > 0
     flow = estimator(pair[:1], pair[1:])[0].numpy()
-    motion = affine_motion(flow, ~hidden, floor=FLOOR)[:, [0, 0, -1, -1], [0, -1, 0, -1]]
-    return bool(np.abs(motion).max() * first.small_mask.shape[0] / len(hidden) < RESTING)
+    return camera_motion(flow, ~hidden) * first.small_mask.shape[0] / len(hidden) < RESTING

@@ -14,7 +14,7 @@ from gi_model.flow import DISFlow, FlowEstimator
 from gi_model.propagation.background import Background
 from gi_model.propagation.chains import Chains, Link
 from gi_model.propagation.finished import Finished
-from gi_model.propagation.fusion import Fusion, fill_along_edges
+from gi_model.propagation.fusion import Fusion, Sample, fill_along_edges
 from gi_model.propagation.neighbours import dilate
 from gi_model.propagation.policy import Policy, VisibilityPolicy
 from gi_model.propagation.rivals import Rival, settle
@@ -380,7 +380,8 @@ def _add(
         shown &= share[part] > 0
         if shown.any():
             x, y = (np.where(shown, position, position[shown][0]) for position in (x, y))
-            fusion.add(part, sample_colour(image, x, y) * gain, weight[part], share[part], shown, distance)
+            colour = sample_colour(image, x, y) * gain
+            fusion.add(Sample(part, colour, weight[part], share[part], shown, distance))
 
 
 def _put(fusion: Fusion, image: np.ndarray, finished: Sequence[tuple[np.ndarray, int]] = ()) -> None:

@@ -61,6 +61,27 @@ class Showing:
     vote: np.ndarray
 
 
+@dataclass
+class Sample:
+    """What one frame shows of a part of a hole.
+
+    Attributes:
+        part: rows and columns of the hole's box, ``h`` by ``w``.
+        colour: ``[h,w,3]`` float32, its gain applied.
+        weight: ``[h,w]`` float32: how far it is trusted, whatever it looks like.
+        share: ``[h,w]`` float32: how much it counts, by :meth:`Fusion.share`.
+        shown: ``[h,w]`` bool: where there is a colour.
+        distance: frames from the one with the hole to it, negative before that.
+    """
+
+    part: Box
+    colour: np.ndarray
+    weight: np.ndarray
+    share: np.ndarray
+    shown: np.ndarray
+    distance: int = 0
+
+
 class Fusion:
     """Collects what frames show of a hole, and blends it.
 
@@ -140,26 +161,14 @@ class Fusion:
         """
         return self._extended(weight / error)
 
-    def add(
-        self,
-        part: Box,
-        colour: np.ndarray,
-        weight: np.ndarray,
-        share: np.ndarray,
-        shown: np.ndarray,
-        distance: int = 0,
-    ) -> None:
-        """Add colours of a part: ``[h,w,3]`` float32, weight and share ``[h,w]`` float32, ``[h,w]`` bool.
-
-        Args:
-            distance: frames from this one to theirs, negative before it.
-        """
-        side = self.sides[-1 if distance > 0 else 0]
-        share = share * shown
-        side.total[part] += share[..., None] * colour
+    def add(self, sample: Sample) -> None:
+        """Add what a frame shows."""
+        part, side = sample.part, self.sides[-1 if sample.distance > 0 else 0]
+        share = sample.share * sample.shown
+        side.total[part] += share[..., None] * sample.colour
         side.weight[part] += share
         if self.lasting is not None:
-            vote = np.float32(1 / (1 + (distance / PASSING) ** 2))
+            vote = np.float32(1 / (1 + (sample.distance / PASSING) ** 2))
             np.maximum(side.vote[part], vote * (share > 0), out=side.vote[part])
 
     def add_lasting(self, colour: np.ndarray, shown: np.ndarray) -> None:

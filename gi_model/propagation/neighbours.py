@@ -94,8 +94,16 @@ def _both(forward: torch.Tensor, backward: torch.Tensor) -> Flows:
 
 def _stands(flow: torch.Tensor, mask: np.ndarray) -> bool:
     """Whether the affine motion of what is visible of a flow [2,H,W] is none."""
-    motion = affine_motion(flow.numpy(), ~mask, floor=STILL)
-    return bool(np.abs(motion[:, [0, 0, -1, -1], [0, -1, 0, -1]]).max() < STILL)
+    return camera_motion(flow.numpy(), ~mask) < STILL
+
+
+def camera_motion(flow: np.ndarray, visible: np.ndarray) -> float:
+    """By how many pixels the affine motion of what is ``visible`` [H,W] of a flow [2,H,W] moves a corner.
+
+    At most, along either axis.
+    """
+    motion = affine_motion(flow, visible, floor=STILL)
+    return float(np.abs(motion[:, [0, 0, -1, -1], [0, -1, 0, -1]]).max())
 
 
 def _stilled(flows: torch.Tensor, masks: tuple[np.ndarray, np.ndarray]) -> list[torch.Tensor]:

@@ -8,8 +8,7 @@ import cv2
 import numpy as np
 
 from gi_model.propagation.edges import continue_edges
-from gi_model.propagation.fusion import NOISE, Fusion, mean_square
-from gi_model.propagation.sampling import Box
+from gi_model.propagation.fusion import NOISE, Fusion, Sample, mean_square
 
 # How much worse a mean of frames is than their differences tell, and the deviation in pixels of the window
 # over which these are averaged. Where something passes, frames differ because some show something else.
@@ -27,21 +26,14 @@ class Rival(Fusion):
         super().__init__(image, hole, ring, cell)
         self.power, self.square, self.judged = np.zeros((3, *hole.shape), np.float32)
 
-    def add(
-        self,
-        part: Box,
-        colour: np.ndarray,
-        weight: np.ndarray,
-        share: np.ndarray,
-        shown: np.ndarray,
-        distance: int = 0,
-    ) -> None:
+    def add(self, sample: Sample) -> None:
         """As for a fusion."""
-        super().add(part, colour, weight, share, shown, distance)
-        share = share * (shown & self.hole[part])
+        super().add(sample)
+        part = sample.part
+        share = sample.share * (sample.shown & self.hole[part])
         self.power[part] += share**2
-        self.square[part] += share * mean_square(colour)
-        self.judged[part] += np.where(share > 0, weight, 0)  # that is the share times the error
+        self.square[part] += share * mean_square(sample.colour)
+        self.judged[part] += np.where(share > 0, sample.weight, 0)  # that is the share times the error
 
     def error(self) -> np.ndarray:
         """Mean square error ``[h,w]`` to be expected of the blend: as judged, and as frames differ."""
